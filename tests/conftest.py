@@ -22,3 +22,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     parts.REQUIRE_PARTS = bool(config.getoption("--require-parts"))
+
+
+@pytest.fixture(scope="session")
+def stack_dir() -> Path:
+    """The built `cpu` stack in the user's cache; built on first use, as a user's first run does."""
+    from lab import places
+    from lab.errors import LabError
+    from lab.stack import load_stack
+    from lab.stackbuild import ensure
+
+    try:
+        return ensure(load_stack("cpu", root=places.ROOT), cache=places.cache(), say=print)
+    except LabError as error:
+        parts.need(False, f"the cpu stack: {error}")
+        raise
+
+
+@pytest.fixture(scope="session")
+def stack_python(stack_dir: Path) -> Path:
+    """The interpreter of the `cpu` stack."""
+    return stack_dir / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def nano(stack_python: Path) -> Path:
+    """The `nano` model in the user's cache."""
+    from lab import places
+    from lab.models import ensure_model, get_model
+
+    return ensure_model(get_model("nano"), cache=places.cache(), python=stack_python, say=print)

@@ -1,0 +1,203 @@
+"""`invoke doctor`: what this machine can do, what is missing, and what to type for it. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from lab import places
+from lab.errors import LabError
+from lab.models import find_damage, get_model
+from lab.site import load_site
+from lab.stack import Stack, check_platform, list_stacks, load_stack
+from lab.stackbuild import stack_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row: what was checked, its state, why it matters, what to type. `blocks` stops every experiment."""
+
+    check: str
+    good: bool
+    state: str
+    matters: str
+    fix: str = ""
+    blocks: bool = False
+
+
+def show() -> int:
+    """Print the table; 1 when something stops experiments from running here."""
+    found = findings()
+    console = Console()
+    table = Table("check", "state", "why it matters", "what to type", title="What this machine can do")
+    for f in found:
+        colour = "green" if f.good else ("red" if f.blocks else "yellow")
+        table.add_row(f.check, f"[{colour}]{f.state}[/]", f.matters, f.fix)
+    console.print(table)
+    blocked = [f.check for f in found if f.blocks and not f.good]
+    console.print(
+        f"Cannot run experiments: {', '.join(blocked)}." if blocked else "Ready: invoke exp.radix",
+        markup=False,
+    )
+    return 1 if blocked else 0
+
+
+def findings() -> list[Finding]:
+    """Every check, in order."""
+    rows = [_python(), *_cpus()]
+    for name in list_stacks(places.ROOT):
+        stack = load_stack(name, root=places.ROOT)
+        rows += [_platform(stack), _memory(stack), _disk(stack), _built(stack)]
+    return [*rows, _model(), _runs(), _gpu()]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        check="Python of the lab",
+        good=sys.version_info >= (3, 11),
+        state=version,
+        matters="the lab needs 3.11 or newer; each stack brings its own",
+        blocks=True,
+    )
+
+
+def _cpus() -> list[Finding]:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    site = load_site("local", folder=places.SITES)
+    load = os.getloadavg()[0]
+    return [
+        Finding(
+            check="CPUs",
+            good=cpus >= 2,
+            state=str(cpus),
+            matters="; ".join(site.reasons) or "server and client share them",
+            fix="" if cpus >= 2 else "use a machine with two CPUs or more",
+        ),
+        Finding(
+            check="other load",
+            good=load < 0.5 * cpus,
+            state=f"load average {load:.1f}",
+            matters="whatever else runs makes the numbers unsteady",
+            fix="" if load < 0.5 * cpus else "wait until the machine is quiet",
+        ),
+    ]
+
+
+def _platform(stack: Stack) -> Finding:
+    try:
+        check_platform(stack)
+    except LabError as error:
+        return Finding(
+            check=f"platform for stack {stack.name}",
+            good=False,
+            state=error.problem,
+            matters=error.why,
+            fix=error.fix,
+            blocks=True,
+        )
+    needs = stack.needs
+    return Finding(
+        check=f"platform for stack {stack.name}",
+        good=True,
+        state=f"{needs.system} {needs.machine}",
+        matters=f"SGLang's wheel needs glibc {needs.glibc} or newer",
+        blocks=True,
+    )
+
+
+def _memory(stack: Stack) -> Finding:
+    free = psutil.virtual_memory().available / 1e9
+    good = free >= stack.needs.memory_gb
+    return Finding(
+        check=f"memory for stack {stack.name}",
+        good=good,
+        state=f"{free:.1f} GB available",
+        matters=f"a server and its client need {stack.needs.memory_gb:g} GB",
+        fix="" if good else "end other programs",
+        blocks=True,
+    )
+
+
+def _disk(stack: Stack) -> Finding:
+    free = shutil.disk_usage(_existing(places.cache())).free / 1e9
+    built = stack_folder(stack, cache=places.cache()).exists()
+    good = built or free >= stack.needs.disk_gb
+    return Finding(
+        check=f"disk for stack {stack.name}",
+        good=good,
+        state=f"{free:.1f} GB free",
+        matters=f"building it needs {stack.needs.disk_gb:g} GB",
+        fix="" if good else "make room, or set XDG_CACHE_HOME to a larger disk",
+        blocks=True,
+    )
+
+
+def _built(stack: Stack) -> Finding:
+    built = stack_folder(stack, cache=places.cache()).exists()
+    return Finding(
+        check=f"stack {stack.name}",
+        good=built,
+        state="built" if built else "not built yet",
+        matters=stack.description,
+        fix="" if built else "invoke exp.radix builds it first, about two minutes",
+    )
+
+
+def _model() -> Finding:
+    model = get_model("nano")
+    folder = places.cache() / "models" / f"{model.name}-{model.sha256[:12]}"
+    if not folder.exists():
+        return Finding(
+            check="model nano",
+            good=False,
+            state="not made yet",
+            matters=model.description,
+            fix="invoke exp.radix makes it first, in seconds",
+        )
+    damage = find_damage(model, folder=folder)
+    return Finding(
+        check="model nano",
+        good=not damage,
+        state=damage or "made, checksums right",
+        matters=model.description,
+        fix=f"rm -r {folder}" if damage else "",
+        blocks=True,
+    )
+
+
+def _runs() -> Finding:
+    folder = _existing(places.RUNS)
+    good = os.access(folder, os.W_OK)
+    return Finding(
+        check="folder for runs",
+        good=good,
+        state="writable" if good else "not writable",
+        matters="raw measurements and reports go to runs/",
+        fix="" if good else "make runs/ writable, or use a checkout of your own",
+        blocks=True,
+    )
+
+
+def _gpu() -> Finding:
+    here = Path("/proc/driver/nvidia/version").exists()
+    return Finding(
+        check="NVIDIA GPU",
+        good=True,
+        state="driver loaded; not used by the cpu stack" if here else "none",
+        matters="claims that need one come out untested" if not here else "no stack of the lab uses it yet",
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that exists."""
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,279 @@
+"""The only step that touches the world: runs a plan's trials and writes the raw part of the run directory.
+
+Each trial starts a fresh server and a client host, runs the loads one after the other (each from a flushed
+cache, with the server's metrics read before and after), and stops both. A trial that fails is written down with phase,
+reason and last log lines, and the next one goes on; nothing of ours survives, however it ends."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lab import prom
+from lab.client import ClientHost
+from lab.errors import LabError
+from lab.plan import LoadStep, Plan, Process, Trial, fill
+from lab.progress import Progress
+from lab.rundir import LoadFiles, Run, TrialFiles, read_json, seal, write_json, write_text
+from lab.runtime.base import Command, ProcessFault, StartFailed, Stopped, Waiting
+from lab.runtime.ledger import Ledger
+from lab.runtime.ports import free_port, require_port
+from lab.runtime.process import ProcessRuntime
+from lab.runtime.started import Started, log_end
+from lab.server import Server, ServerError
+
+# Two servers in a row that do not start will not be followed by one that does: the run stops there.
+START_FAILURES_IN_A_ROW = 2
+COUNTERS_SETTLE_S = 5.0
+COUNTER = "sglang:num_requests_total"
+
+
+class ClientError(Exception):
+    """A load's client program ended with an exit code other than 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How many trials are ok, failed and not run."""
+
+    ok: int
+    failed: int
+    not_run: int
+
+
+@dataclass
+class Progressing:
+    """Where a trial stands, so that whatever interrupts it can be written down."""
+
+    phase: str = "start"
+    port: int = 0
+    ready_s: float | None = None
+    processes: list[Started] = field(default_factory=list)
+
+
+def execute(plan: Plan, run: Run, *, ledger: Ledger, progress: Progress) -> Outcome:
+    """Run every trial of the plan that is not ok yet, then seal the raw part. Safe to call again to resume."""
+    ok = failed = in_a_row = 0
+    with ProcessRuntime(ledger=ledger, run_id=run.path.name) as runtime:
+        try:
+            for trial in plan.trials:
+                files = run.trial(trial.name)
+                if _status(files) == "ok":
+                    ok += 1
+                    continue
+                _set_aside(files)
+                title = f"trial {trial.index + 1}/{len(plan.trials)} {trial.variant}, repeat {trial.repeat}"
+                started = time.monotonic()
+                fault = run_trial(plan, trial, files, runtime=runtime, progress=progress, title=title)
+                seconds = time.monotonic() - started
+                if fault is None:
+                    ok, in_a_row = ok + 1, 0
+                    progress.step(f"{title}: ok in {seconds:.0f} s")
+                    continue
+                failed += 1
+                in_a_row = in_a_row + 1 if isinstance(fault, StartFailed) else 0
+                progress.step(f"{title}: FAILED after {seconds:.0f} s: {str(fault).splitlines()[0]}")
+                if in_a_row == START_FAILURES_IN_A_ROW:
+                    progress.step("two servers in a row did not start: the rest of the run is left out")
+                    break
+        finally:
+            seal(run)
+    return Outcome(ok=ok, failed=failed, not_run=len(plan.trials) - ok - failed)
+
+
+def run_trial(
+    plan: Plan,
+    trial: Trial,
+    files: TrialFiles,
+    *,
+    runtime: ProcessRuntime,
+    progress: Progress,
+    title: str,
+) -> Exception | None:
+    """One trial from start to stop; returns what made it fail, None if nothing did."""
+    files.path.mkdir(parents=True)
+    scratch = Path(tempfile.mkdtemp(prefix="lab-"))  # short: SGLang puts socket files below TMPDIR
+    at = Progressing()
+    began = _now()
+    write_json(files.status, {"status": "running", "phase": "start", "started": began})
+    stops: list[Stopped] = []
+    fault: BaseException | None = None
+    try:
+        _serve(plan, trial, files, scratch=scratch, runtime=runtime, progress=progress, title=title, at=at)
+    except (ProcessFault, ServerError, ClientError) as error:
+        fault = error
+    except BaseException as error:
+        fault = error
+        raise
+    finally:
+        lines = () if fault is None else _last_lines(fault, at)
+        progress.live(f"{title}: stopping")
+        for process in reversed(at.processes):
+            stops.append(runtime.stop(process, grace_s=plan.stop_s))
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(
+            files.status,
+            {
+                "status": "ok" if fault is None else "failed",
+                "phase": "done" if fault is None else at.phase,
+                "reason": "" if fault is None else _reason(fault),
+                "last_lines": list(lines),
+                "started": began,
+                "ended": _now(),
+                "port": at.port,
+                "ready_s": at.ready_s,
+                "stopped": [
+                    {"name": s.name, "how": s.how, "seconds": round(s.seconds, 2), "exit_code": s.exit_code}
+                    for s in stops
+                ],
+            },
+        )
+    return fault if isinstance(fault, Exception) else None
+
+
+def _serve(
+    plan: Plan,
+    trial: Trial,
+    files: TrialFiles,
+    *,
+    scratch: Path,
+    runtime: ProcessRuntime,
+    progress: Progress,
+    title: str,
+    at: Progressing,
+) -> None:
+    for name in ("home", "tmp", "mailbox"):
+        (scratch / name).mkdir()
+    at.port = _port(plan)
+    values = {
+        **plan.places,
+        "TRIAL": str(files.path),
+        "SCRATCH": str(scratch),
+        "PORT": str(at.port),
+        "LOAD": "",
+    }
+    server = runtime.start(_command("server", trial.server, values, log=files.server_log, cwd=scratch))
+    at.processes.append(server)
+    host_argv = ("${LAB}/load/host.py", "${SCRATCH}/mailbox", *plan.preload)
+    client = runtime.start(
+        _command("client", trial.client, values, log=files.client_log, cwd=scratch, more=host_argv)
+    )
+    at.processes.append(client)
+    host = ClientHost(client, mailbox=scratch / "mailbox")
+
+    def starting(waiting: Waiting) -> None:
+        progress.live(f"{title}: starting the server | {waiting.last_line}")
+
+    url = f"http://127.0.0.1:{at.port}/health"
+    at.ready_s = runtime.wait_ready(server, url=url, deadline_s=plan.ready_s, say=starting)
+    host.wait_ready(deadline_s=plan.ready_s, watch=(server,))
+    api = Server(at.port)
+    try:
+        write_json(files.server_info, {"server_info": api.info()})
+        for step in trial.loads:
+            at.phase = f"load {step.name}"
+            progress.live(f"{title}: {at.phase}, {step.requests} requests")
+            _load(plan, step, files.load(step.name), api=api, host=host, server=server, values=values)
+        at.phase = "stop"
+    finally:
+        api.close()
+
+
+def _load(
+    plan: Plan,
+    step: LoadStep,
+    files: LoadFiles,
+    *,
+    api: Server,
+    host: ClientHost,
+    server: Started,
+    values: dict[str, str],
+) -> None:
+    """Flush, read the metrics, run the client, read the metrics again."""
+    files.path.mkdir(parents=True)
+    api.flush()
+    before = api.metrics()
+    write_text(files.before, before)
+    argv = tuple(fill(word, {**values, "LOAD": str(files.path)}) for word in step.argv)
+    done = host.run(argv, log=files.log, deadline_s=plan.load_s, watch=(server,))
+    write_text(files.after, _settled_metrics(api, before=before, requests=step.requests))
+    write_json(files.status, {"exit": done.exit, "started": done.started, "ended": done.ended})
+    if done.exit != 0:
+        log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+        raise ClientError(
+            "\n".join([f"the client of load {step.name!r} ended with exit code {done.exit}", *log])
+        )
+
+
+def _settled_metrics(api: Server, *, before: str, requests: int) -> str:
+    """The metrics once every request is counted; the server counts a moment after it has answered."""
+    deadline = time.monotonic() + COUNTERS_SETTLE_S
+    start = prom.value(prom.parse(before), COUNTER, default=0)
+    while True:
+        text = api.metrics()
+        counted = prom.value(prom.parse(text), COUNTER, default=0) - start
+        if counted >= requests or time.monotonic() > deadline:
+            return text
+        time.sleep(0.05)
+
+
+def _command(
+    name: str, process: Process, values: dict[str, str], *, log: Path, cwd: Path, more: tuple[str, ...] = ()
+) -> Command:
+    return Command(
+        name=name,
+        argv=tuple(fill(word, values) for word in (*process.argv, *more)),
+        env=tuple((key, fill(value, values)) for key, value in process.env),
+        cwd=cwd,
+        log=log,
+        cpus=process.cpus,
+    )
+
+
+def _port(plan: Plan) -> int:
+    if plan.port == 0:
+        return free_port()
+    require_port(plan.port)
+    return plan.port
+
+
+def _status(files: TrialFiles) -> str:
+    if not files.status.exists():
+        return "none"
+    return str(read_json(files.status).get("status"))
+
+
+def _set_aside(files: TrialFiles) -> None:
+    """Keep what an earlier attempt left, under another name: raw files are never overwritten."""
+    if not files.path.exists():
+        return
+    attempt = 1
+    while (aside := files.path.with_name(f"{files.path.name}.failed-{attempt}")).exists():
+        attempt += 1
+    files.path.rename(aside)
+
+
+def _reason(fault: BaseException) -> str:
+    if isinstance(fault, KeyboardInterrupt):
+        return "interrupted: " + (str(fault) or "Ctrl-C")
+    if isinstance(fault, LabError):
+        return fault.problem
+    if isinstance(fault, ProcessFault):
+        return f"{fault.name}: {fault.reason}"
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+
+
+def _last_lines(fault: BaseException, at: Progressing) -> tuple[str, ...]:
+    if isinstance(fault, ProcessFault) and fault.last_lines:
+        return fault.last_lines
+    if isinstance(fault, ClientError):
+        return tuple(str(fault).splitlines()[1:])
+    return log_end(at.processes[0]) if at.processes else ()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

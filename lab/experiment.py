@@ -1,0 +1,131 @@
+"""Experiments: a question, its mechanism, variants, loads and claims, one file each in lab/experiments/.
+
+An experiment names no host, path or image; `load_experiment` finds it by name, checks it, and returns it
+together with the bytes of its file, whose hash is registered in the plan."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.claims import Claim
+from lab.errors import LabError, unknown_name
+from lab.workload import Load
+
+NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What differs between two servers: arguments added to those every server of the experiment gets."""
+
+    name: str
+    says: str
+    args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One question about SGLang with everything needed to answer it.
+
+    `mechanism` is Markdown that teaches how the thing works; `sources` are the places in SGLang's source
+    to read; `server` are arguments of every variant's server; `try_next` closes the report.
+    """
+
+    name: str
+    question: str
+    mechanism: str
+    sources: tuple[str, ...]
+    server: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    loads: tuple[Load, ...]
+    claims: tuple[Claim, ...]
+    try_next: tuple[str, ...]
+    repeats: int = 3
+
+    def loads_of(self, variant: str) -> tuple[Load, ...]:
+        """The loads a trial of `variant` runs, in order."""
+        return tuple(load for load in self.loads if not load.variants or variant in load.variants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An experiment together with the text it was read from; `sha256` is of that text."""
+
+    experiment: Experiment
+    text: str
+    sha256: str
+
+
+def experiment_names(folder: Path) -> tuple[str, ...]:
+    """Names of the experiments in `folder`: its Python files, underscores as dashes."""
+    return tuple(sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem != "__init__"))
+
+
+def first_line(path: Path) -> str:
+    """The first line of a Python file's docstring, read without importing it (invoke --list must be quick)."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0]
+
+
+def load_experiment(name: str, *, folder: Path) -> Source:
+    """Read, import and check the experiment called `name`. Raises LabError for one that is not there or not sound."""
+    path = folder / f"{name.replace('-', '_')}.py"
+    if not NAME.fullmatch(name) or not path.is_file():
+        raise unknown_name("experiment", name, experiment_names(folder))
+    text = path.read_text(encoding="utf-8")
+    experiment = load_file(path)
+    return Source(experiment=experiment, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def load_file(path: Path) -> Experiment:
+    """The experiment that a Python file defines as EXPERIMENT, checked."""
+    spec = importlib.util.spec_from_file_location(f"lab_experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:  # a plain .py file always has both
+        raise RuntimeError(f"no import loader for {path.name}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiment = getattr(module, "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
+        raise LabError(
+            f"{path.name} defines no experiment",
+            why="the lab looks for a module-level EXPERIMENT = Experiment(...)",
+            fix="copy lab/experiments/radix.py and change it",
+        )
+    check(experiment)
+    return experiment
+
+
+def check(experiment: Experiment) -> None:
+    """Raise LabError unless names are unique and every claim and load refers to what exists."""
+    variants = [v.name for v in experiment.variants]
+    loads = [load.name for load in experiment.loads]
+    for kind, names in (
+        ("variant", variants),
+        ("load", loads),
+        ("claim", [c.name for c in experiment.claims]),
+    ):
+        for name in names:
+            if not NAME.fullmatch(name) or names.count(name) > 1:
+                raise LabError(
+                    f"experiment {experiment.name!r}: bad or repeated {kind} name {name!r}",
+                    why="names become folders and table keys",
+                    fix="use lower-case letters, digits and dashes, each name once",
+                )
+    for load in experiment.loads:
+        load.check()
+        for name in load.variants:
+            _known("variant", name, variants)
+    for claim in experiment.claims:
+        _known("load", claim.measure.load, loads)
+        for name in (claim.variant, *((claim.against,) if claim.against else ())):
+            _known("variant", name, variants)
+
+
+def _known(kind: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise unknown_name(kind, name, names)

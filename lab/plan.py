@@ -1,0 +1,247 @@
+"""The plan: everything that will be done, resolved before anything starts. Pure functions, no clock, no disk.
+
+`make_plan` turns experiment, stack, model and site into a `Plan`; `to_json`/`from_json` store it, and
+`commands.py` writes it as a shell script. Paths and numbers that only a machine or a running trial knows stand in argv
+as `${NAME}` placeholders, the same in plan.json and in the script; `Plan.places` gives those of the machine."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from string import Template
+
+import msgspec
+
+from lab.claims import Claim
+from lab.errors import LabError
+from lab.experiment import Experiment, Source
+from lab.models import Model
+from lab.rundir import SCHEMA
+from lab.site import Site
+from lab.stack import Stack
+from lab.workload import Load
+
+PLACEHOLDERS = {
+    "STACK": "folder of the built software stack",
+    "MODEL": "folder of the model",
+    "LAB": "the lab's Python package, for its client programs and texts",
+    "TRIAL": "the trial's folder",
+    "LOAD": "the load's folder",
+    "SCRATCH": "a short-lived folder of the trial: HOME and TMPDIR of its processes",
+    "PORT": "the server's port on loopback",
+}
+
+# What every server of the lab is told beside the stack's and the experiment's own arguments, and why:
+# metrics and the export file are where the numbers come from, the seed makes the server's sampling
+# repeatable, and a decode line every 10 steps (the default is 40) shows short loads too.
+SERVER_ARGS = (
+    *("--enable-metrics", "--enable-cache-report"),
+    *("--export-metrics-to-file", "--export-metrics-to-file-dir", "${TRIAL}/export"),
+    *("--decode-log-interval", "10", "--random-seed", "1"),
+)
+
+# The health endpoint would otherwise generate a token on every call, which puts a request of ours
+# into the cache and the counters; log lines get milliseconds.
+SERVER_ENV = (("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false"), ("SGLANG_LOG_MS", "1"))
+
+COMMON_ENV = (
+    ("HOME", "${SCRATCH}/home"),
+    ("TMPDIR", "${SCRATCH}/tmp"),
+    ("PATH", "${STACK}/bin:/usr/bin:/bin"),
+    ("LANG", "C.UTF-8"),
+    ("TZ", "UTC"),
+    ("PYTHONUNBUFFERED", "1"),
+)
+
+# Modules the client imports while the server starts, so that their import is never part of a load.
+CLIENT_PRELOAD = ("sglang", "sglang.benchmark.serving", "sglang.lang.backend.runtime_endpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process to start: placeholders in `argv` and `env` are filled in when the trial runs."""
+
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadStep:
+    """One load of a trial: the client's argv, and what the workload predicts.
+
+    `hit_rate` is cached over prompt tokens with an unbounded cache (0..1); `working_set_tokens` against the
+    pool tells whether eviction is expected.
+    """
+
+    name: str
+    dataset: str
+    role: str
+    argv: tuple[str, ...]
+    requests: int
+    concurrency: int
+    rate_per_s: float | None
+    hit_rate: float
+    working_set_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One variant, one repeat, one fresh server."""
+
+    index: int
+    name: str
+    variant: str
+    repeat: int
+    server: Process
+    client: Process
+    loads: tuple[LoadStep, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment resolved for a site, a stack and a model. Seconds in the deadlines."""
+
+    schema: int
+    experiment: str
+    question: str
+    experiment_sha256: str
+    stack: str
+    stack_lock: str
+    sglang: str
+    model: str
+    model_sha256: str
+    site: str
+    runtime: str
+    capabilities: tuple[str, ...]
+    repeats: int
+    seed: int
+    port: int
+    ready_s: float
+    load_s: float
+    stop_s: float
+    places: dict[str, str]
+    preload: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    claims: tuple[Claim, ...]
+
+
+def make_plan(
+    source: Source,
+    *,
+    stack: Stack,
+    model: Model,
+    model_sha256: str,
+    site: Site,
+    places: dict[str, str],
+    repeats: int | None = None,
+    seed: int = 1,
+) -> Plan:
+    """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`."""
+    experiment = source.experiment
+    count = experiment.repeats if repeats is None else repeats
+    if not 1 <= count <= 100:
+        raise LabError(
+            f"--repeats {count} makes no sense",
+            why="each repeat is a trial of every variant",
+            fix="use 1 to 100",
+        )
+    return Plan(
+        schema=SCHEMA,
+        experiment=experiment.name,
+        question=experiment.question,
+        experiment_sha256=source.sha256,
+        stack=stack.name,
+        stack_lock=stack.lock_hash,
+        sglang=stack.sglang,
+        model=model.name,
+        model_sha256=model_sha256,
+        site=site.name,
+        runtime=site.runtime,
+        capabilities=site.capabilities,
+        repeats=count,
+        seed=seed,
+        port=site.port,
+        ready_s=site.ready_s,
+        load_s=site.load_s,
+        stop_s=site.stop_s,
+        places=places,
+        preload=CLIENT_PRELOAD,
+        trials=_trials(experiment, stack=stack, site=site, repeats=count, seed=seed),
+        claims=experiment.claims,
+    )
+
+
+def _trials(
+    experiment: Experiment, *, stack: Stack, site: Site, repeats: int, seed: int
+) -> tuple[Trial, ...]:
+    draw = random.Random(seed)  # noqa: S311  an order of trials, not a secret
+    trials: list[Trial] = []
+    for repeat in range(repeats):
+        for variant in draw.sample(experiment.variants, k=len(experiment.variants)):
+            argv = (
+                *("${STACK}/bin/python", "-m", "sglang.launch_server", "--model-path", "${MODEL}"),
+                *("--host", "127.0.0.1", "--port", "${PORT}"),
+                *(*stack.server_args, *SERVER_ARGS, *experiment.server, *variant.args),
+            )
+            env = (*COMMON_ENV, *stack.env)
+            cache_on = "--disable-radix-cache" not in argv
+            trials.append(
+                Trial(
+                    index=len(trials),
+                    name=f"{len(trials):03d}-{variant.name}-r{repeat}",
+                    variant=variant.name,
+                    repeat=repeat,
+                    server=Process(argv=argv, env=(*env, *SERVER_ENV), cpus=site.server_cpus),
+                    client=Process(argv=("${STACK}/bin/python",), env=env, cpus=site.client_cpus),
+                    loads=tuple(
+                        _step(load, repeat=repeat, cache_on=cache_on)
+                        for load in experiment.loads_of(variant.name)
+                    ),
+                )
+            )
+    return tuple(trials)
+
+
+def _step(load: Load, *, repeat: int, cache_on: bool) -> LoadStep:
+    return LoadStep(
+        name=load.name,
+        dataset=load.dataset,
+        role=load.role,
+        argv=load.argv(repeat),
+        requests=load.requests(),
+        concurrency=load.concurrency,
+        rate_per_s=load.rate_per_s,
+        hit_rate=load.hit_rate(cache_on=cache_on),
+        working_set_tokens=load.working_set_tokens(),
+    )
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    """Replace the placeholders in `text`; one without a value is our bug and raises KeyError."""
+    return Template(text).substitute(values)
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as text, the same for the same plan."""
+    return json.dumps(msgspec.to_builtins(plan), indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, *, where: str) -> Plan:
+    """Read a plan back, every field checked by type."""
+    try:
+        raw = msgspec.json.decode(text)
+        if isinstance(raw, dict) and isinstance(raw.get("schema"), int) and raw["schema"] > SCHEMA:
+            raise LabError(
+                f"{where} has schema {raw['schema']}, this lab knows up to {SCHEMA}",
+                why="the run was made by a newer lab",
+                fix="update the lab: git pull && pip install -e .",
+            )
+        return msgspec.convert(raw, Plan)
+    except msgspec.MsgspecError as error:
+        raise LabError(
+            f"{where} is not a plan of this lab",
+            why=f"{error}; it was cut short or changed",
+            fix="restore the file, or start a new run",
+        ) from error

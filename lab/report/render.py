@@ -1,0 +1,193 @@
+"""From raw files to report.md: tabulate, judge, draw, render. Everything written here can be deleted and rebuilt,
+and comes out the same: nothing depends on the clock or on the machine that renders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from lab.claims import Measure, Verdict
+from lab.experiment import Experiment, load_file
+from lab.judge import judge, samples
+from lab.metrics import METRICS
+from lab.plan import Plan
+from lab.report.plots import draw_all
+from lab.rundir import Run, read_json, write_json, write_text
+from lab.stats import mean_interval, variation
+from lab.tables import read_plan, tabulate
+
+UNSTEADY = 0.10  # coefficient of variation over repeats above which a number is called unsteady
+
+PICTURES = {
+    "ttft.png": "Time to first token, for the first request of each prefix and for later ones. "
+    "Small points are requests, large points the median of each trial.",
+    "cached-share.png": "How much of each prompt came from the cache, request by request in the order sent "
+    "(first repeat). The dash is what a cache that never forgets would have served.",
+    "eviction.png": "What the small pool forgot: each point is a request for a prefix. Below, the share of the "
+    "pool's KV slots held by running requests, as the server's log lines give it.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What came of a run: its verdicts, and the trials that could not be used with the reason."""
+
+    verdicts: tuple[Verdict, ...]
+    unusable: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """One line of the table of numbers."""
+
+    load: str
+    variant: str
+    what: str
+    value: str
+    interval: str
+    unit: str
+    n: int
+    steady: str
+
+
+def analyse(run: Run) -> Analysis:
+    """Rebuild every derived file of the run."""
+    plan = read_plan(run)
+    tables = tabulate(run)
+    verdicts = judge(plan.claims, tables, capabilities=plan.capabilities)
+    write_json(run.verdicts, {"verdicts": [asdict(v) for v in verdicts]})
+    pictures = draw_all(tables, run.plots)
+    write_text(run.report, _markdown(run, plan, tables, verdicts, pictures))
+    trials = tables["trials"]
+    bad = trials[trials["validity"] != "valid"]
+    return Analysis(
+        verdicts=verdicts,
+        unusable=tuple(
+            (str(t), f"{v}: {r}")
+            for t, v, r in zip(bad["trial"], bad["validity"], bad["reason"], strict=True)
+        ),
+    )
+
+
+def _markdown(
+    run: Run,
+    plan: Plan,
+    tables: Mapping[str, pd.DataFrame],
+    verdicts: tuple[Verdict, ...],
+    pictures: tuple[str, ...],
+) -> str:
+    experiment = load_file(run.experiment)
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    jinja = jinja2.Environment(  # noqa: S701  the output is Markdown, not HTML
+        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    jinja.filters["cell"] = cell
+    environment = read_json(run.environment)
+    checks = tables["checks"]
+    return jinja.get_template("report.md.j2").render(
+        run=run.path.name,
+        plan=plan,
+        experiment=experiment,
+        claims={c.name: c for c in plan.claims},
+        verdicts=verdicts,
+        number=number_text,
+        counts={
+            o: sum(v.outcome == o for v in verdicts) for o in ("held", "refuted", "inconclusive", "untested")
+        },
+        trials=tables["trials"].to_dict("records"),
+        checks={str(k): rows.to_dict("records") for k, rows in checks.groupby("trial", sort=False)},
+        numbers=(lines := numbers(experiment, tables)),
+        unsteady=any("unsteady" in line.steady for line in lines),
+        groups=_group_rows(tables["groups"]),
+        pictures=[(name, PICTURES[name]) for name in pictures],
+        environment=environment,
+        metrics=METRICS,
+        loads=_steps(plan),
+    )
+
+
+def _steps(plan: Plan) -> list[dict[str, object]]:
+    """Every load once, with the variants that run it and the prediction for each."""
+    seen: dict[str, dict[str, object]] = {}
+    for trial in plan.trials:
+        if trial.repeat:
+            continue
+        for step in trial.loads:
+            row = seen.setdefault(step.name, {"step": step, "variants": {}})
+            variants = row["variants"]
+            if isinstance(variants, dict):
+                variants[trial.variant] = step.hit_rate
+    return list(seen.values())
+
+
+def numbers(experiment: Experiment, tables: Mapping[str, pd.DataFrame]) -> list[Number]:
+    """Every measured number over the repeats, with its interval and how steady it was."""
+    found = []
+    for load in experiment.loads:
+        if load.role != "measure":
+            continue
+        measures = [
+            Measure(table="requests", load=load.name, column="ttft_ms", rows="first"),
+            Measure(table="requests", load=load.name, column="ttft_ms", rows="later"),
+            Measure(table="requests", load=load.name, column="itl_ms"),
+            *(Measure(table="loads", load=load.name, column=c) for c in LOAD_NUMBERS),
+        ]
+        for measure in measures:
+            for variant in experiment.variants:
+                values = list(samples(measure, variant.name, tables).values())
+                if values:
+                    found.append(_number(measure, variant.name, values))
+    return found
+
+
+LOAD_NUMBERS = ("hit_rate", "predicted_hit_rate", "evicted_tokens", "groups_evicted")
+
+
+def _number(measure: Measure, variant: str, values: list[float]) -> Number:
+    metric = METRICS[measure.column]
+    interval = mean_interval(values)
+    spread = variation(values)
+    steady = "" if spread is None else f"{spread:.1%}"
+    if spread is not None and spread > UNSTEADY:
+        steady += " unsteady"
+    d = metric.decimals
+    return Number(
+        load=measure.load,
+        variant=variant,
+        what=measure.label().removesuffix(f" of {measure.load}").removesuffix(f" in {measure.load}"),
+        value=f"{interval.value:,.{d}f}",
+        interval="one repeat, none"
+        if interval.low is None or interval.high is None
+        else f"{interval.low:,.{d}f} to {interval.high:,.{d}f}",
+        unit=metric.unit,
+        n=interval.n,
+        steady=steady,
+    )
+
+
+def number_text(verdict: Verdict) -> str:
+    """A verdict's number with unit, interval and n."""
+    if verdict.value is None:
+        return "none"
+    unit = f" {verdict.unit}" if verdict.unit else ""
+    text = f"{verdict.value:.3g}{unit}"
+    if verdict.low is not None and verdict.high is not None:
+        text += f" [{verdict.low:.3g}, {verdict.high:.3g}]"
+    return f"{text}, n = {verdict.n}"
+
+
+def cell(text: object) -> str:
+    """Text that may stand in a Markdown table cell."""
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _group_rows(groups: pd.DataFrame) -> list[dict[str, object]]:
+    """The groups of loads in which anything was evicted."""
+    if groups.empty:
+        return []
+    hit = groups.groupby(["trial", "load"])["evicted"].transform("sum") > 0
+    return [{str(k): v for k, v in row.items()} for row in groups[hit].to_dict("records")]

@@ -1,0 +1,176 @@
+"""May a trial be used? Checks of one load against the plan, the server's own account and the prediction.
+
+Each check is a row (name, ok, detail) of tables/checks.csv. One that fails makes the trial invalid, and an
+invalid trial never reaches a verdict. Whether a claim holds is not asked here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lab.plan import LoadStep
+
+HIT_RATE_TOLERANCE = 0.03
+COUNTER_TOLERANCE = 0.01
+CLIENT_SHARE = (
+    0.25  # of the server's own TTFT that client and connection may add before they are the bottleneck
+)
+CLIENT_FLOOR_MS = 10.0
+RATE_TOLERANCE = 0.1
+
+# Server arguments whose value in /server_info is spelled differently from the flag.
+ARGUMENT_KEYS = {"--host": "host", "--port": "port"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question about a trial, its answer, and the numbers behind it."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def server_arguments(argv: tuple[str, ...], info: dict[str, object]) -> Check:
+    """Compare every `--flag value` of the server's command with what /server_info says is in force."""
+    wrong = []
+    asked = 0
+    for flag, value in flags(argv):
+        key = flag.removeprefix("--").replace("-", "_")
+        asked += 1
+        if key not in info:
+            wrong.append(f"{flag} is not reported")
+        elif not _same(info[key], value):
+            wrong.append(f"{flag} is {info[key]!r}, planned {value!r}")
+    return Check(
+        name="server arguments",
+        ok=not wrong,
+        detail="; ".join(wrong) or f"{asked} arguments read back as planned",
+    )
+
+
+def flags(argv: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The `--flag value` pairs of a command; a flag without a value has the value "True"."""
+    pairs = []
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            value = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "True"
+            pairs.append((word, value))
+    return pairs
+
+
+def _same(found: object, planned: str) -> bool:
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        try:
+            return float(planned) == float(found)
+        except ValueError:
+            return False
+    return str(found) == planned
+
+
+def load_checks(step: LoadStep, load: dict[str, float], requests: pd.DataFrame) -> list[Check]:
+    """All checks of one load: `load` is its row of the table `loads`, `requests` its rows of `requests`."""
+    checks = [_complete(step, requests), _joined(requests)]
+    if len(requests):
+        checks += [
+            _counters(load, requests),
+            _cold(requests),
+            _hit_rate(step, load),
+            _client(requests),
+        ]
+        if step.rate_per_s is not None:
+            checks.append(_rate(step, requests))
+    return checks
+
+
+def _complete(step: LoadStep, requests: pd.DataFrame) -> Check:
+    good = int(requests["success"].sum()) if len(requests) else 0
+    errors = sorted({str(e) for e in requests["error"] if e}) if len(requests) else []
+    detail = f"{good} of {step.requests} requests succeeded"
+    return Check(
+        name="every request succeeded",
+        ok=good == step.requests == len(requests),
+        detail=detail + (f"; first error: {errors[0][:200]}" if errors else ""),
+    )
+
+
+def _joined(requests: pd.DataFrame) -> Check:
+    missing = int((requests["joined"] == "no").sum()) if len(requests) else 0
+    how = ", ".join(sorted(set(requests["joined"]))) if len(requests) else "nothing to join"
+    return Check(
+        name="client and server agree on the requests",
+        ok=len(requests) > 0 and missing == 0,
+        detail=f"{len(requests) - missing} of {len(requests)} matched by {how}",
+    )
+
+
+def _counters(load: dict[str, float], requests: pd.DataFrame) -> Check:
+    """The Prometheus counters' differences against the sums over the requests' own records."""
+    wrong = []
+    for column in ("prompt_tokens", "cached_tokens"):
+        counted, summed = load[column], float(requests[column].sum())
+        if not abs(counted - summed) <= COUNTER_TOLERANCE * max(1.0, summed):
+            wrong.append(f"{column}: counter {counted:.0f}, requests {summed:.0f}")
+    return Check(
+        name="counters fit the requests",
+        ok=not wrong,
+        detail="; ".join(wrong)
+        or f"{load['prompt_tokens']:.0f} prompt and {load['cached_tokens']:.0f} cached tokens both ways",
+    )
+
+
+def _cold(requests: pd.DataFrame) -> Check:
+    """The plan starts every load from a flushed cache: a group's first request must find next to nothing."""
+    first = requests[requests["group_order"] == 0]
+    worst = float(first["cached_share"].max()) if len(first) else 0.0
+    return Check(
+        name="cache was cold",
+        ok=worst <= HIT_RATE_TOLERANCE,
+        detail=f"first requests of {len(first)} groups had at most {worst:.1%} of their prompt cached",
+    )
+
+
+def _hit_rate(step: LoadStep, load: dict[str, float]) -> Check:
+    """Observed against predicted. Where the pool is too small for the load, or requests of a group run at the
+    same time, the prediction is only an upper bound."""
+    observed, predicted = load["hit_rate"], load["predicted_hit_rate"]
+    bound_only = (
+        step.working_set_tokens > load["pool_tokens"] or step.concurrency > 1 or step.rate_per_s is not None
+    )
+    ok = observed <= predicted + HIT_RATE_TOLERANCE and (
+        bound_only or observed >= predicted - HIT_RATE_TOLERANCE
+    )
+    word = "at most" if bound_only else "about"
+    return Check(
+        name="hit rate fits the workload",
+        ok=bool(ok),
+        detail=f"observed {observed:.3f}, predicted {word} {predicted:.3f} (planned lengths: {step.hit_rate:.3f})",
+    )
+
+
+def _client(requests: pd.DataFrame) -> Check:
+    """What the client measured beyond the server's own time to first token is the client's and the wire's."""
+    extra = (requests["ttft_ms"] - requests["server_ttft_ms"]).median()
+    allowed = max(CLIENT_FLOOR_MS, CLIENT_SHARE * float(requests["server_ttft_ms"].median()))
+    return Check(
+        name="client was not the bottleneck",
+        ok=bool(extra <= allowed),
+        detail=f"client adds a median of {extra:.1f} ms to the server's time to first token, allowed {allowed:.1f} ms",
+    )
+
+
+def _rate(step: LoadStep, requests: pd.DataFrame) -> Check:
+    """Open loop: requests must have arrived, by the server's clock, at the rate that was asked for.
+
+    A Poisson process of n arrivals has a spread of 1/sqrt(n) around its rate; three times that is allowed.
+    """
+    span = float(requests["received_s"].max() - requests["received_s"].min())
+    arrived = (len(requests) - 1) / span if span > 0 else float("inf")
+    asked = step.rate_per_s or 0.0
+    allowed = RATE_TOLERANCE + 3 / max(1.0, (len(requests) - 1) ** 0.5)
+    return Check(
+        name="client kept its rate",
+        ok=arrived >= asked * (1 - allowed),
+        detail=f"asked for {asked:g} requests/s, {arrived:.2f} arrived by the server's clock",
+    )

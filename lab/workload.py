@@ -1,0 +1,215 @@
+"""The load of a trial, as data, and what it must do to a prefix cache.
+
+A workload is a tuple of loads that run one after the other on one fresh server, each started from a
+flushed cache. `argv()` of a load is the exact client command, with `${NAME}` placeholders for what only
+the running trial knows (see `plan.PLACEHOLDERS`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lab.errors import LabError
+
+Role = Literal["warmup", "measure"]
+
+DATASETS = ("random-ids", "generated-shared-prefix", "chat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One client program run against the server.
+
+    `concurrency` requests are in flight at once (closed loop); with `rate_per_s` the requests are sent at
+    that mean rate instead (open loop, Poisson). `variants` limits the load to those; empty means all.
+    """
+
+    name: str
+    seed: int
+    role: Role = "measure"
+    concurrency: int = 1
+    rate_per_s: float | None = None
+    variants: tuple[str, ...] = ()
+
+    dataset = ""
+
+    def argv(self, repeat: int) -> tuple[str, ...]:
+        """The client's command in repeat number `repeat`, without the interpreter."""
+        raise NotImplementedError
+
+    def requests(self) -> int:
+        """How many requests the load sends."""
+        raise NotImplementedError
+
+    def hit_rate(self, *, cache_on: bool) -> float:
+        """Cached over prompt tokens that an unbounded cache must show, from the planned lengths (0..1)."""
+        raise NotImplementedError
+
+    def working_set_tokens(self) -> int:
+        """Distinct tokens the load leaves in an unbounded cache."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise LabError for lengths, counts and rates that make no sense."""
+        if self.concurrency < 1 or self.concurrency > 100_000:
+            raise LabError(
+                f"load {self.name!r}: concurrency is {self.concurrency}",
+                why="it is the number of requests in flight",
+                fix="use 1 to 100000",
+            )
+        if self.rate_per_s is not None and not 0 < self.rate_per_s <= 1_000_000:
+            raise LabError(
+                f"load {self.name!r}: rate_per_s is {self.rate_per_s}",
+                why="it is a mean number of requests a second",
+                fix="use a number above 0, or None for a closed loop",
+            )
+
+    def _lengths(self, **values: int) -> None:
+        for key, value in values.items():
+            if not 1 <= value <= 10_000_000:
+                raise LabError(
+                    f"load {self.name!r}: {key} is {value}",
+                    why="counts and lengths are whole numbers of requests or tokens",
+                    fix="use 1 to 10000000",
+                )
+
+    def _bench(self, repeat: int) -> tuple[str, ...]:
+        """Arguments every bench_serving load gets; each is here because its default would spoil a trial.
+
+        The seed moves with the repeat and not with the variant: repeats see different prompts, while the
+        variants of one repeat see the same ones and can be compared in pairs.
+        The warm-up request of bench_serving would put the first prompt into the cache, the default seed and
+        range ratio differ between SGLang versions, and the output file is appended to.
+        """
+        rate = "inf" if self.rate_per_s is None else f"{self.rate_per_s:g}"
+        limit = () if self.rate_per_s is not None else ("--max-concurrency", str(self.concurrency))
+        return (
+            *("-m", "sglang.bench_serving", "--backend", "sglang"),
+            *("--host", "127.0.0.1", "--port", "${PORT}", "--model", "${MODEL}", "--tokenizer", "${MODEL}"),
+            *("--dataset-name", self.dataset, "--seed", str(self.seed + repeat)),
+            *("--request-rate", rate, *limit, "--warmup-requests", "0"),
+            *("--output-file", "${LOAD}/bench.jsonl", "--output-details", "--cache-report", "--disable-tqdm"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomIds(Load):
+    """Unrelated prompts of random token ids: nothing to share, so nothing a prefix cache could help."""
+
+    prompts: int
+    input_tokens: int
+    output_tokens: int
+
+    dataset = "random-ids"
+
+    def check(self) -> None:
+        super().check()
+        self._lengths(prompts=self.prompts, input_tokens=self.input_tokens, output_tokens=self.output_tokens)
+
+    def argv(self, repeat: int) -> tuple[str, ...]:
+        return (
+            *self._bench(repeat),
+            *("--num-prompts", str(self.prompts)),
+            *("--random-input-len", str(self.input_tokens), "--random-output-len", str(self.output_tokens)),
+            *("--random-range-ratio", "1.0", "--tokenize-prompt"),
+        )
+
+    def requests(self) -> int:
+        return self.prompts
+
+    def hit_rate(self, *, cache_on: bool) -> float:  # noqa: ARG002  random prompts share nothing either way
+        return 0.0
+
+    def working_set_tokens(self) -> int:
+        return self.prompts * (self.input_tokens + self.output_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPrefix(Load):
+    """bench_serving's generated-shared-prefix: `prompts_per_group` questions to each of `groups` prefixes."""
+
+    groups: int
+    prompts_per_group: int
+    prefix_tokens: int
+    question_tokens: int
+    output_tokens: int
+
+    dataset = "generated-shared-prefix"
+
+    def check(self) -> None:
+        super().check()
+        self._lengths(
+            groups=self.groups,
+            prompts_per_group=self.prompts_per_group,
+            prefix_tokens=self.prefix_tokens,
+            question_tokens=self.question_tokens,
+            output_tokens=self.output_tokens,
+        )
+
+    def argv(self, repeat: int) -> tuple[str, ...]:
+        return (
+            *self._bench(repeat),
+            *("--num-prompts", str(self.requests())),
+            *("--gsp-num-groups", str(self.groups), "--gsp-prompts-per-group", str(self.prompts_per_group)),
+            *("--gsp-system-prompt-len", str(self.prefix_tokens)),
+            *("--gsp-question-len", str(self.question_tokens)),
+            *("--gsp-output-len", str(self.output_tokens), "--gsp-range-ratio", "1.0"),
+        )
+
+    def requests(self) -> int:
+        return self.groups * self.prompts_per_group
+
+    def hit_rate(self, *, cache_on: bool) -> float:
+        """Every request but a group's first finds the prefix: (k-1)·prefix / k·(prefix+question)."""
+        if not cache_on:
+            return 0.0
+        k = self.prompts_per_group
+        return (k - 1) * self.prefix_tokens / (k * (self.prefix_tokens + self.question_tokens))
+
+    def working_set_tokens(self) -> int:
+        own = self.prompts_per_group * (self.question_tokens + self.output_tokens)
+        return self.groups * (self.prefix_tokens + own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Load):
+    """Questions asked one by one under one long system prompt, by a program written with `sgl.function`.
+
+    `system_chars` of the handbook in lab/data become the system prompt, about `system_tokens` tokens of
+    the model's tokenizer; the prediction uses the tokens, the requests table shows what they really were.
+    """
+
+    questions: tuple[str, ...]
+    system_chars: int
+    system_tokens: int
+    output_tokens: int
+
+    dataset = "chat"
+
+    def check(self) -> None:
+        super().check()
+        self._lengths(
+            questions=len(self.questions),
+            system_chars=self.system_chars,
+            system_tokens=self.system_tokens,
+            output_tokens=self.output_tokens,
+        )
+
+    def argv(self, repeat: int) -> tuple[str, ...]:  # noqa: ARG002  the program draws nothing at random
+        asked = tuple(word for question in self.questions for word in ("--question", question))
+        return (
+            *("${LAB}/load/chat.py", "--url", "http://127.0.0.1:${PORT}"),
+            *("--system-file", "${LAB}/data/handbook.md", "--system-chars", str(self.system_chars)),
+            *("--max-tokens", str(self.output_tokens), "--output-file", "${LOAD}/chat.jsonl", *asked),
+        )
+
+    def requests(self) -> int:
+        return len(self.questions)
+
+    def hit_rate(self, *, cache_on: bool) -> float:
+        """All but the first question find the system prompt; questions are short beside it and left out."""
+        k = len(self.questions)
+        return (k - 1) / k if cache_on else 0.0
+
+    def working_set_tokens(self) -> int:
+        return self.system_tokens + len(self.questions) * self.output_tokens

@@ -1,0 +1,142 @@
+"""The lab's command line. Thin: every task calls one function of lab.app, imported only when it runs."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from invoke import Collection, Context, Exit, Task, task
+
+ROOT = Path(__file__).resolve().parent
+EXPERIMENTS = ROOT / "lab" / "experiments"
+
+RUN_HELP = {
+    "repeats": "how often each variant is measured (default: the experiment's own)",
+    "stack": "the software that serves, a folder of containers/",
+    "model": "what is served",
+    "site": "where it runs: a name of lab/sites/ or a TOML file",
+    "dry-run": "print the commands and start nothing",
+    "explain": "say what the experiment asks, does and expects, and start nothing",
+    "resume": "go on with the newest run of this experiment, or with the one named",
+    "strict": "exit with 3 when a claim is refuted",
+}
+
+
+def checked(function: Callable[[], int]) -> None:
+    """Run a function of the app: LabError is shown as it is and exits with 1, other codes are passed on."""
+    from lab.errors import LabError
+
+    try:
+        code = function()
+    except LabError as error:
+        raise Exit(f"error: {error}", code=1) from None
+    except KeyboardInterrupt as error:
+        raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=130) from None
+    if code:
+        raise Exit(code=code)
+
+
+def first_line(path: Path) -> str:
+    """First line of a file's docstring, without importing it."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def experiment_task(name: str, summary: str) -> Task[..., None]:
+    def run(
+        _: Context,
+        repeats: str = "",
+        stack: str = "cpu",
+        model: str = "nano",
+        site: str = "local",
+        dry_run: bool = False,
+        explain: bool = False,
+        resume: str = "",
+        strict: bool = False,
+    ) -> None:
+        def body() -> int:
+            from lab import app
+
+            return app.run_experiment(
+                name,
+                repeats=app.whole_number("--repeats", repeats),
+                stack=stack,
+                model=model,
+                site=site,
+                dry_run=dry_run,
+                explain=explain,
+                resume=resume,
+                strict=strict,
+            )
+
+        checked(body)
+
+    run.__name__ = name.replace("-", "_")
+    run.__doc__ = summary
+    return task(help=RUN_HELP, optional=["resume"], auto_shortflags=False)(run)  # type: ignore[no-any-return]
+
+
+@task(auto_shortflags=False)
+def doctor(_: Context) -> None:
+    """Show what this machine can do, what is missing, and what to type for it."""
+
+    def body() -> int:
+        from lab.doctor import show
+
+        return show()
+
+    checked(body)
+
+
+@task(auto_shortflags=False, help={"run": "a run's name (default: the newest)"})
+def report(_: Context, run: str = "") -> None:
+    """Rebuild tables, verdicts and report of a run from its raw files."""
+
+    def body() -> int:
+        from lab import app
+
+        return app.report(app.find_run(run or None))
+
+    checked(body)
+
+
+@task(auto_shortflags=False)
+def runs(_: Context) -> None:
+    """List all runs and their state."""
+
+    def body() -> int:
+        from lab import app
+
+        return app.list_all_runs()
+
+    checked(body)
+
+
+@task(auto_shortflags=False, help={"cache": "also delete the built stacks and models"})
+def clean(_: Context, cache: bool = False) -> None:
+    """End whatever a killed lab left running."""
+
+    def body() -> int:
+        from lab import app
+
+        return app.clean(cache=cache)
+
+    checked(body)
+
+
+def build_namespace() -> Collection:
+    exp = Collection("exp")
+    names = {p.stem.replace("_", "-"): p for p in sorted(EXPERIMENTS.glob("*.py")) if p.stem != "__init__"}
+    for word in sys.argv[1:]:
+        asked = word.removeprefix("exp.")
+        if word.startswith("exp.") and asked not in names:
+            from lab.errors import unknown_name
+
+            raise Exit(f"error: {unknown_name('experiment', asked, names)}", code=1)
+    for name, path in names.items():
+        exp.add_task(experiment_task(name, first_line(path)), name=name)
+    return Collection(exp, doctor, report, runs, clean)
+
+
+namespace = build_namespace()
