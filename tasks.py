@@ -33,7 +33,8 @@ def checked(function: Callable[[], int]) -> None:
     except LabError as error:
         raise Exit(f"error: {error}", code=1) from None
     except KeyboardInterrupt as error:
-        raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=130) from None
+        signum = getattr(error, "signum", 2)  # SIGTERM and SIGHUP arrive as a KeyboardInterrupt that says so
+        raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None
     if code:
         raise Exit(code=code)
 
@@ -43,7 +44,7 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
-def experiment_task(name: str, summary: str) -> Task[..., None]:
+def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
     def run(
         _: Context,
         repeats: str = "",

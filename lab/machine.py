@@ -57,7 +57,11 @@ def git(repository: Path, *words: str) -> str | None:
     """The output of a git command, None where git or the repository is not there."""
     try:
         done = subprocess.run(  # noqa: S603  fixed words, no shell
-            (shutil.which("git") or "git", "-C", str(repository), *words), capture_output=True, text=True, timeout=20, check=False
+            (shutil.which("git") or "git", "-C", str(repository), *words),
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

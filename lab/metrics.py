@@ -72,6 +72,18 @@ METRICS = {
             decimals=3,
         ),
         Metric(
+            column="lru_hit_rate",
+            unit="",
+            means="the hit rate of a model cache of the pool's size that evicts least recently used leaves (lab/lru.py)",
+            decimals=3,
+        ),
+        Metric(
+            column="lru_agreement",
+            unit="",
+            means="share of repeated prefixes for which that model and the server agree on found or evicted",
+            decimals=3,
+        ),
+        Metric(
             column="evicted_tokens",
             unit="tokens",
             means="KV slots freed by eviction during the load (sglang:evicted_tokens_total)",

@@ -21,7 +21,7 @@ GROUP_KEY = 64  # characters or token ids at a prompt's start that tell prefix g
 
 COLUMNS = (
     *("order", "group", "group_order", "prompt_tokens", "completion_tokens", "cached_tokens"),
-    *("cached_share", "predicted_share", "ttft_ms", "itl_ms", "e2e_ms"),
+    *("cached_share", "predicted_share", "lru_share", "ttft_ms", "itl_ms", "e2e_ms"),
     *("server_ttft_ms", "server_e2e_ms", "queue_ms", "received_s", "retractions"),
     *("success", "error", "joined"),
 )
@@ -156,6 +156,7 @@ def _finish(merged: pd.DataFrame) -> pd.DataFrame:
     )
     merged["received_s"] = merged["received"] - merged["received"].min()
     merged["order"] = np.arange(len(merged))
+    merged["lru_share"] = merged["predicted_share"]
     return merged[list(COLUMNS)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lab import prom, serverlog
+from lab import lru, prom, serverlog
 from lab.errors import LabError
 from lab.plan import LoadStep, Plan, Trial, from_json
 from lab.requestlog import COLUMNS, ServerRecord, client_frame, export_records, join, server_frame
@@ -81,7 +81,7 @@ LOAD_COLUMNS = (
     *("trial", "variant", "repeat", "load", "role", "requests", "succeeded", "duration_s"),
     *("prompt_tokens", "cached_tokens", "generated_tokens", "evicted_tokens", "retracted_requests"),
     *("pool_tokens", "working_set_tokens", "hit_rate", "predicted_hit_rate", "hit_rate_lost"),
-    *("groups", "groups_evicted"),
+    *("lru_hit_rate", "lru_agreement", "groups", "groups_evicted"),
 )
 
 
@@ -167,7 +167,9 @@ def _load(
     }
     requests = join(client, server_frame(ours)) if len(client) else pd.DataFrame(columns=list(COLUMNS))
     if step.hit_rate == 0:  # no cache, or nothing planned to share: nothing is predicted, whatever is alike
-        requests["predicted_share"] = 0.0
+        requests["predicted_share"] = requests["lru_share"] = 0.0
+    elif step.concurrency == 1 and step.rate_per_s is None and pool_tokens < step.working_set_tokens:
+        requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens))
     deltas = prom.difference(prom.read(files.before), prom.read(files.after))
     for delta in deltas:
         if delta.delta != 0:
@@ -201,7 +203,11 @@ def _load_numbers(
     prompt, cached = counted("prompt_tokens_total"), counted("cached_tokens_total")
     tokens = requests["prompt_tokens"].astype(float)
     predicted = (tokens * requests["predicted_share"].astype(float)).sum() / max(1.0, tokens.sum())
+    lru_rate = (tokens * requests["lru_share"].astype(float)).sum() / max(1.0, tokens.sum())
     hit_rate = cached / prompt if prompt else 0.0
+    again = requests[requests["group_order"] > 0]
+    half = LOST_SHARE * again["predicted_share"].astype(float)
+    agree = (again["cached_share"] >= half) == (again["lru_share"] >= half)
     return {
         "requests": float(step.requests),
         "succeeded": float(requests["success"].sum()),
@@ -213,14 +219,33 @@ def _load_numbers(
         "pool_tokens": pool_tokens,
         "working_set_tokens": float(step.working_set_tokens),
         "hit_rate": hit_rate,
-        # the control has no cache, so nothing is predicted for it whatever the prompts share
-        "predicted_hit_rate": float(predicted) if step.hit_rate > 0 else 0.0,
-        "hit_rate_lost": float(predicted) - hit_rate if step.hit_rate > 0 else 0.0,
+        "predicted_hit_rate": float(predicted),
+        "hit_rate_lost": float(predicted) - hit_rate,
+        "lru_hit_rate": float(lru_rate),
+        "lru_agreement": float(agree.mean()) if len(again) else float("nan"),
         "groups": float(requests["group"].nunique()),
-        "groups_evicted": float(requests.loc[lost(requests), "group"].nunique())
-        if step.hit_rate > 0
-        else 0.0,
+        "groups_evicted": float(requests.loc[lost(requests), "group"].nunique()),
     }
+
+
+def _lru_share(requests: pd.DataFrame, *, pool_tokens: int) -> pd.Series[float]:
+    """The cached share that a least-recently-used cache of the pool's size must show, by request."""
+    columns = ["group", "group_order", "prompt_tokens", "completion_tokens", "predicted_share"]
+    rows = requests[columns].astype(float)
+    if rows.isna().any(
+        axis=None
+    ):  # a request that failed or was not matched: the order of accesses is not known
+        return pd.Series(float("nan"), index=requests.index)
+    shared = (rows["predicted_share"] * rows["prompt_tokens"]).where(rows["group_order"] > 0)
+    prefix = shared.groupby(rows["group"]).transform("median").fillna(rows["prompt_tokens"])
+    found = lru.predict(
+        rows["group"].astype(int).tolist(),
+        rows["prompt_tokens"].astype(int).tolist(),
+        prefix.astype(int).tolist(),
+        rows["completion_tokens"].astype(int).tolist(),
+        pool_tokens=pool_tokens,
+    )
+    return pd.Series(found, index=requests.index, dtype=float) / rows["prompt_tokens"]
 
 
 def lost(requests: pd.DataFrame) -> pd.Series[bool]:

@@ -251,11 +251,11 @@ def test_lines_go_to_a_program_that_reads_them(bench: Bench) -> None:
 
 def test_a_program_that_writes_a_lot_is_never_held_up(bench: Bench) -> None:
     with bench.runtime() as rt:
-        talker = rt.start(bench.python("for i in range(200_000): print(i, 'x' * 100)"))
+        talker = rt.start(bench.python("for i in range(50_000): print(i, 'x' * 100)"))
         assert rt.wait(talker, deadline_s=20) == 0
-    assert bench.log().count("\n") == 200_000
+    assert bench.log().count("\n") == 50_000
     assert len(last_lines(bench.folder / "server.log")) == 20
-    assert last_lines(bench.folder / "server.log")[-1].startswith("199999 x")
+    assert last_lines(bench.folder / "server.log")[-1].startswith("49999 x")
 
 
 def test_a_cut_last_line_is_part_of_the_last_lines(bench: Bench) -> None:
@@ -584,7 +584,7 @@ def drive(bench: Bench, code: str, *, grace_s: float = 2.0) -> tuple[subprocess.
     """Start another lab that runs `code`: (the lab, the pid of its program)."""
     program = bench.folder / f"program-{uuid.uuid4().hex}.py"
     program.write_text(FORK.format(pids=str(bench.pids)) + code)
-    lab = subprocess.Popen(  # noqa: S603 - our own script
+    lab = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(bench.folder), bench.run_id, str(program), str(grace_s)],
         stdout=subprocess.PIPE,
         text=True,
@@ -799,7 +799,7 @@ def test_a_port_in_use_names_its_holder() -> None:
 def test_a_port_that_one_lab_has_taken_is_not_given_to_another() -> None:
     port = free_port()
     code = f"from lab.runtime.ports import require_port; require_port({port})"
-    other = subprocess.run(  # noqa: S603 - our own script
+    other = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

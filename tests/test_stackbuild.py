@@ -63,7 +63,7 @@ def start_builder(tmp_path: Path, cache: Path) -> Iterator[Callable[[], subproce
     def start() -> subprocess.Popen[str]:
         argv = (sys.executable, "-c", BUILDER, str(tmp_path), str(cache))
         started.append(
-            subprocess.Popen(  # noqa: S603
+            subprocess.Popen(
                 argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
@@ -125,7 +125,7 @@ def test_the_moved_environment_works_by_module_and_by_script(
         (folder / "bin" / "python", "-c", "import labtiny as t; t.main()"),
         (folder / "bin" / "labtiny",),
     ):
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
         assert done.stdout == "labtiny\n"
     files = [folder / "pyvenv.cfg", *(folder / "bin").iterdir()]
     assert not [file for file in files if file.is_file() and BUILDING.encode() in file.read_bytes()]
@@ -341,11 +341,11 @@ def damage_file_lost(site: Path) -> None:
 
 
 def damage_package_lost(site: Path) -> None:
-    subprocess.run(("rm", "-r", site / "labtiny"), check=True)  # noqa: S603, S607
+    subprocess.run(("rm", "-r", site / "labtiny"), check=True)
 
 
 def damage_metadata_lost(site: Path) -> None:
-    subprocess.run(("rm", "-r", site / "labtiny-1.0.dist-info"), check=True)  # noqa: S603, S607
+    subprocess.run(("rm", "-r", site / "labtiny-1.0.dist-info"), check=True)
 
 
 def damage_file_cut(site: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_full_disk(tmp_path: Path, lines: list[str]) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = ("mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small))
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:  # noqa: S603
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk can only be mounted by root")
     try:
         stack = make_stack(
@@ -468,7 +468,7 @@ def test_a_full_disk(tmp_path: Path, lines: list[str]) -> None:
         assert not stack_folder(stack, cache=small).exists()
         assert not unfinished(small)
     finally:
-        subprocess.run(("umount", str(small)), check=True)  # noqa: S603, S607
+        subprocess.run(("umount", str(small)), check=True)
 
 
 def test_children_get_the_users_pip_set_up_and_nothing_that_leads_elsewhere() -> None:

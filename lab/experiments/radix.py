@@ -4,7 +4,7 @@ from lab.claims import Claim, Measure
 from lab.experiment import Experiment, Variant
 from lab.workload import Chat, RandomIds, SharedPrefix
 
-# The pool of KV slots holds the working set of `chat` and `shared`, and half of that of `pressure`.
+# The pool of KV slots holds the working set of `chat` and `shared`, and less than half of that of `pressure`.
 POOL_TOKENS = 8192
 
 EXPERIMENT = Experiment(
@@ -23,7 +23,7 @@ needs slots and none are free, the **least recently used leaves are evicted**. A
 again by the next request that needs it, as if it had never been seen.
 
 The server runs with a pool of 8,192 KV slots. `chat` and `shared` fit into it; `pressure` needs about
-14,000, so the cache has to forget. Requests are sent one at a time: time to first token is then prefill time, with
+18,000, so the cache has to forget. Requests are sent one at a time: time to first token is then prefill time, with
 no queue in it, and the order of cache accesses is known.""",
     sources=(
         "`sglang/srt/mem_cache/radix_cache.py`: `match_prefix`, `insert`, `evict` (0.5.21 serves from "
@@ -58,8 +58,8 @@ no queue in it, and the order of cache accesses is known.""",
         SharedPrefix(
             name="pressure",
             seed=300,
-            groups=6,
-            prompts_per_group=4,
+            groups=8,
+            prompts_per_group=3,
             prefix_tokens=2048,
             question_tokens=64,
             output_tokens=16,
@@ -126,6 +126,14 @@ no queue in it, and the order of cache accesses is known.""",
             variant="cache-on",
             op=">",
             threshold=0.1,
+        ),
+        Claim(
+            name="eviction-order",
+            says="What is forgotten is what was used least recently: an LRU model tells for each request whether its prefix is left.",
+            measure=Measure(table="loads", load="pressure", column="lru_agreement"),
+            variant="cache-on",
+            op=">",
+            threshold=0.9,
         ),
     ),
     try_next=(

@@ -55,7 +55,7 @@ def draw_all(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[str, ...
         pictures = {
             "ttft.png": ttft(requests),
             "cached-share.png": cached_share(requests),
-            "eviction.png": eviction(requests, tables["batches"]),
+            "eviction.png": eviction(requests),
         }
         made = []
         for name, figure in pictures.items():
@@ -110,8 +110,9 @@ def _ttft_panel(axis: Axes, rows: pd.DataFrame, variants: list[str]) -> None:
 
 
 def cached_share(requests: pd.DataFrame) -> Figure | None:
-    """Cached share of each request in the order sent, first repeat, one panel a load and variant."""
+    """Cached share of each request in the order sent, first repeat, one panel a load with a cache."""
     part = requests[requests["repeat"] == requests["repeat"].min()]
+    part = part[part.groupby(["load", "variant"])["predicted_share"].transform("max") > 0]
     panels = [(str(k[0]), str(k[1]), rows) for k, rows in part.groupby(["load", "variant"], sort=False)]
     panels = sorted(panels, key=lambda p: (list(dict.fromkeys(part["load"])).index(p[0]), p[1]))
     if not panels:
@@ -141,8 +142,8 @@ def cached_share(requests: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def eviction(requests: pd.DataFrame, batches: pd.DataFrame) -> Figure | None:
-    """For the load and trial with most evictions: each access to a prefix, found or lost, and the pool's fill."""
+def eviction(requests: pd.DataFrame) -> Figure | None:
+    """For the load and trial with most evictions: each access to a prefix, found or lost."""
     lost = requests[
         (requests["group_order"] > 0) & (requests["cached_share"] < 0.5 * requests["predicted_share"])
     ]
@@ -152,7 +153,7 @@ def eviction(requests: pd.DataFrame, batches: pd.DataFrame) -> Figure | None:
     trial, load = counts["trial"].iloc[-1], counts["load"].iloc[-1]
     rows = requests[(requests["trial"] == trial) & (requests["load"] == load)]
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8.2, 4.4), sharex=True, gridspec_kw={"height_ratios": [2.2, 1]}
+        2, 1, figsize=(8.2, 4.4), sharex=True, gridspec_kw={"height_ratios": [2, 1.2]}
     )
     again = rows["group_order"] > 0
     gone = again & (rows["cached_share"] < 0.5 * rows["predicted_share"])
@@ -174,16 +175,14 @@ def eviction(requests: pd.DataFrame, batches: pd.DataFrame) -> Figure | None:
     top.set_ylabel("prefix group")
     top.set_title(f"{load} ({trial}): each request by its prefix group")
     top.legend(loc="upper left", bbox_to_anchor=(0, -0.02), ncols=3, fontsize=8)
-    own = batches[
-        (batches["trial"] == trial) & (batches["load"] == load) & batches["token_usage_share"].notna()
-    ]
-    if len(own):
-        times = pd.to_datetime(own["time"])
-        bottom.plot(
-            (times - times.iloc[0]).dt.total_seconds(), own["token_usage_share"], color=COLOURS[0], lw=1
-        )
-    bottom.set_ylim(0, 1.05)
-    bottom.set_ylabel("pool in use")
+    found = rows["cached_tokens"].cumsum()
+    missing = (rows["predicted_share"] - rows["cached_share"]) * rows["prompt_tokens"]
+    bottom.step(rows["received_s"], found, where="post", color=COLOURS[0], label="from the cache")
+    bottom.step(
+        rows["received_s"], missing.where(gone, 0).cumsum(), where="post", color=LOST, label="computed again"
+    )
+    bottom.legend(loc="upper left", fontsize=8)
+    bottom.set_ylabel("prompt tokens")
     bottom.set_xlabel("seconds since the load's first request")
     figure.subplots_adjust(hspace=0.32)
     return figure

@@ -27,8 +27,8 @@ PICTURES = {
     "Small points are requests, large points the median of each trial.",
     "cached-share.png": "How much of each prompt came from the cache, request by request in the order sent "
     "(first repeat). The dash is what a cache that never forgets would have served.",
-    "eviction.png": "What the small pool forgot: each point is a request for a prefix. Below, the share of the "
-    "pool's KV slots held by running requests, as the server's log lines give it.",
+    "eviction.png": "What the small pool forgot: each point is a request for a prefix. Below, prompt tokens served from "
+    "the cache and prefix tokens that had to be computed again, added up over the load.",
 }
 
 
@@ -139,12 +139,13 @@ def numbers(experiment: Experiment, tables: Mapping[str, pd.DataFrame]) -> list[
         for measure in measures:
             for variant in experiment.variants:
                 values = list(samples(measure, variant.name, tables).values())
-                if values:
+                if any(values) or (values and measure.column in ("hit_rate", "ttft_ms")):
                     found.append(_number(measure, variant.name, values))
     return found
 
 
-LOAD_NUMBERS = ("hit_rate", "predicted_hit_rate", "evicted_tokens", "groups_evicted")
+# Load numbers worth a line; all but the hit rate only where they are not simply zero.
+LOAD_NUMBERS = ("hit_rate", "predicted_hit_rate", "lru_hit_rate", "evicted_tokens", "groups_evicted")
 
 
 def _number(measure: Measure, variant: str, values: list[float]) -> Number:

@@ -39,7 +39,14 @@ def _before_torchvision() -> None:
     torchvision.declare_operators()
 
 
+_installed = False
+
+
 def install() -> None:
     """Set the two waiting shims up; light, since every start of Python pays for it."""
+    global _installed
+    if _installed:  # Python reads the .pth files of a virtual environment twice
+        return
+    _installed = True
     sys.meta_path.insert(0, BeforeFirstImport("sglang", _before_sglang))
     sys.meta_path.insert(0, BeforeFirstImport("torchvision", _before_torchvision))
