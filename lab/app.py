@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
-from lab import commands, places
+from lab import commands, places, scratch
 from lab.claims import Verdict
 from lab.errors import LabError, unknown_name
 from lab.execute import execute
@@ -22,6 +23,7 @@ from lab.plan import Plan, make_plan, to_json
 from lab.progress import Progress
 from lab.rundir import Run, list_runs, read_json, verify, write_json, write_text
 from lab.runtime.ledger import Ledger
+from lab.runtime.ports import require_port
 from lab.site import Site, load_site
 from lab.stack import Stack, check_platform, check_resources, load_stack
 from lab.stackbuild import ensure, stack_folder
@@ -63,14 +65,19 @@ def run_experiment(
         print(commands.script(plan), end="")
         return 0
     with Progress() as progress:
+        # Whatever can be refused is refused before a build of minutes begins.
         _check_machine(chosen_stack)
+        if chosen_site.port:
+            require_port(chosen_site.port)
+        resumed = _resumed(name, resume, source=source, where=where) if resume else None
         Ledger(places.state()).sweep(progress.step)
+        scratch.sweep()
         stack_dir = ensure(chosen_stack, cache=places.cache(), say=progress.step)
         ensure_model(
             chosen_model, cache=places.cache(), python=stack_dir / "bin" / "python", say=progress.step
         )
-        if resume:
-            run, plan = _resumed(name, resume, source=source, where=where)
+        if resumed is not None:
+            run, plan = resumed
         else:
             run = _new_run(plan, source, site=chosen_site, stack_dir=stack_dir)
         progress.step(f"run {run.path.relative_to(places.ROOT)}: {len(plan.trials)} trials")
@@ -90,7 +97,14 @@ def report(run: Run, *, strict: bool = False) -> int:
     from lab.report.render import analyse  # pandas and matplotlib, only when they are needed
 
     verify(run)
-    result = analyse(run)
+    try:
+        result = analyse(run)
+    except OSError as error:
+        raise LabError(
+            f"the report of run {run.path.name} cannot be written",
+            why=f"{error.strerror}: {error.filename}",
+            fix="make the run's folder writable, or copy the run into runs/ of a checkout that is",
+        ) from error
     print(verdict_lines(result.verdicts))
     for trial, reason in result.unusable:
         print(f"not used: {trial}: {reason}")
@@ -191,7 +205,12 @@ def _check_machine(stack: Stack) -> None:
     check_platform(stack)
     available = psutil.virtual_memory().available / 1e9
     check_resources(stack, memory_available_gb=available)
-    places.RUNS.mkdir(exist_ok=True)
+    try:
+        places.RUNS.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=places.RUNS):  # os.access says yes to root on a read-only disk
+            pass
+    except OSError as error:
+        raise _not_writable(error) from error
     free = shutil.disk_usage(places.RUNS).free / 1e9
     if free < RUN_DISK_GB:
         raise LabError(
@@ -217,12 +236,16 @@ def _new_run(plan: Plan, source: Source, *, site: Site, stack_dir: Path) -> Run:
         }
         write_json(run.environment, environment)
     except OSError as error:
-        raise LabError(
-            "the run's folder cannot be written",
-            why=f"{error.strerror}: {error.filename}",
-            fix="make runs/ writable, or run the lab from a checkout that is",
-        ) from error
+        raise _not_writable(error) from error
     return run
+
+
+def _not_writable(error: OSError) -> LabError:
+    return LabError(
+        "the folder for runs cannot be written",
+        why=f"{error.strerror}: {error.filename}",
+        fix="make runs/ writable, or run the lab from a checkout that is",
+    )
 
 
 def _resumed(name: str, which: str | bool, *, source: Source, where: dict[str, str]) -> tuple[Run, Plan]:

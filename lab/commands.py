@@ -5,9 +5,10 @@ together. Its results go to a folder of their own and never into the run."""
 
 from __future__ import annotations
 
+import re
 import shlex
 
-from lab.plan import LoadStep, Plan, Process, Trial
+from lab.plan import PLACEHOLDER, LoadStep, Plan, Process, Trial
 
 HEAD = """\
 #!/usr/bin/env bash
@@ -110,6 +111,10 @@ def command(process: Process) -> str:
 
 def _quote(word: str) -> str:
     """Quote for bash, leaving the plan's `${NAME}` to be expanded."""
-    if "${" not in word:
+    parts = PLACEHOLDER.split(word)  # text, name, text, name, ..., text
+    if len(parts) == 1:
         return shlex.quote(word)
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
+    quoted = (
+        f"${{{part}}}" if i % 2 else re.sub(r'([\\"`$])', r"\\\1", part) for i, part in enumerate(parts)
+    )
+    return f'"{"".join(quoted)}"'

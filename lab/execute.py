@@ -7,13 +7,12 @@ reason and last log lines, and the next one goes on; nothing of ours survives, h
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lab import prom
+from lab import prom, scratch
 from lab.client import ClientHost
 from lab.errors import LabError
 from lab.plan import LoadStep, Plan, Process, Trial, fill
@@ -96,14 +95,14 @@ def run_trial(
 ) -> Exception | None:
     """One trial from start to stop; returns what made it fail, None if nothing did."""
     files.path.mkdir(parents=True)
-    scratch = Path(tempfile.mkdtemp(prefix="lab-"))  # short: SGLang puts socket files below TMPDIR
+    folder = scratch.make()
     at = Progressing()
     began = _now()
     write_json(files.status, {"status": "running", "phase": "start", "started": began})
     stops: list[Stopped] = []
     fault: BaseException | None = None
     try:
-        _serve(plan, trial, files, scratch=scratch, runtime=runtime, progress=progress, title=title, at=at)
+        _serve(plan, trial, files, folder=folder, runtime=runtime, progress=progress, title=title, at=at)
     except (ProcessFault, ServerError, ClientError) as error:
         fault = error
     except BaseException as error:
@@ -114,7 +113,7 @@ def run_trial(
         progress.live(f"{title}: stopping")
         for process in reversed(at.processes):
             stops.append(runtime.stop(process, grace_s=plan.stop_s))
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         write_json(
             files.status,
             {
@@ -140,30 +139,28 @@ def _serve(
     trial: Trial,
     files: TrialFiles,
     *,
-    scratch: Path,
+    folder: Path,
     runtime: ProcessRuntime,
     progress: Progress,
     title: str,
     at: Progressing,
 ) -> None:
-    for name in ("home", "tmp", "mailbox"):
-        (scratch / name).mkdir()
     at.port = _port(plan)
     values = {
         **plan.places,
         "TRIAL": str(files.path),
-        "SCRATCH": str(scratch),
+        "SCRATCH": str(folder),
         "PORT": str(at.port),
         "LOAD": "",
     }
-    server = runtime.start(_command("server", trial.server, values, log=files.server_log, cwd=scratch))
+    server = runtime.start(_command("server", trial.server, values, log=files.server_log, cwd=folder))
     at.processes.append(server)
     host_argv = ("${LAB}/load/host.py", "${SCRATCH}/mailbox", *plan.preload)
     client = runtime.start(
-        _command("client", trial.client, values, log=files.client_log, cwd=scratch, more=host_argv)
+        _command("client", trial.client, values, log=files.client_log, cwd=folder, more=host_argv)
     )
     at.processes.append(client)
-    host = ClientHost(client, mailbox=scratch / "mailbox")
+    host = ClientHost(client, mailbox=folder / "mailbox")
 
     def starting(waiting: Waiting) -> None:
         progress.live(f"{title}: starting the server | {waiting.last_line}")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from lab.claims import Claim
+from lab.claims import Capability, Claim, Op, Reduce, Rows, Table
 from lab.errors import LabError, unknown_name
 from lab.workload import Load
 
@@ -124,6 +126,27 @@ def check(experiment: Experiment) -> None:
         _known("load", claim.measure.load, loads)
         for name in (claim.variant, *((claim.against,) if claim.against else ())):
             _known("variant", name, variants)
+        _check_words(claim)
+
+
+def _check_words(claim: Claim) -> None:
+    """A wrong word in a claim must not be found out after the measurement."""
+    measure = claim.measure
+    for kind, word, valid in (
+        ("op", claim.op, get_args(Op)),
+        ("table", measure.table, get_args(Table)),
+        ("rows", measure.rows, get_args(Rows)),
+        ("reduce", measure.reduce, get_args(Reduce)),
+        *(("capability", need, get_args(Capability)) for need in claim.needs),
+    ):
+        if word not in valid:
+            raise unknown_name(kind, word, valid)
+    if not math.isfinite(claim.threshold):
+        raise LabError(
+            f"claim {claim.name!r}: threshold is {claim.threshold}",
+            why="a measurement is compared with it",
+            fix="use a finite number",
+        )
 
 
 def _known(kind: str, name: str, names: list[str]) -> None:

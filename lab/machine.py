@@ -16,8 +16,12 @@ import psutil
 from lab import __version__
 
 SECRET = re.compile(
-    r"(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[bp]-|AKIA)[A-Za-z0-9_\-]{8,}"
-    r"|(?i:(token|password|secret|api_?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',]{6,}"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|(hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[bp]-|AKIA)[A-Za-z0-9_\-]{8,}"
+    r"|(?i:(token|passw(or)?d|secret(_access_key)?|api[_-]?key|access[_-]?key)[\"']?\s*[:=]\s*[\"']?)[^\s\"',]{6,}"
+    r"|(?i:bearer\s+)[A-Za-z0-9._~+/=\-]{8,}"
+    r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)",
+    re.DOTALL,
 )
 
 

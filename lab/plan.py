@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import dataclass
-from string import Template
 
 import msgspec
 
@@ -22,6 +22,7 @@ from lab.site import Site
 from lab.stack import Stack
 from lab.workload import Load
 
+PLACEHOLDER = re.compile(r"\$\{([A-Z]+)\}")
 PLACEHOLDERS = {
     "STACK": "folder of the built software stack",
     "MODEL": "folder of the model",
@@ -219,8 +220,11 @@ def _step(load: Load, *, repeat: int, cache_on: bool) -> LoadStep:
 
 
 def fill(text: str, values: dict[str, str]) -> str:
-    """Replace the placeholders in `text`; one without a value is our bug and raises KeyError."""
-    return Template(text).substitute(values)
+    """Replace the placeholders in `text`; one without a value is our bug and raises KeyError.
+
+    Only `${NAME}` is one: any other dollar sign, such as in a question of the chat load, stays as it is.
+    """
+    return PLACEHOLDER.sub(lambda found: values[found[1]], text)
 
 
 def to_json(plan: Plan) -> str:

@@ -37,9 +37,13 @@ from lab.stackpython import find_python
 from lab.stackrun import Job, Steps, child_env, no_retry
 
 BUILDING = ".building-"
-# Installed side by side, each by a pip of its own; the packages in no group make one more. The groups take
-# about equally long on two cores. torch is alone because it may have to come from another index.
-GROUPS = {"torch": ("torch",), "sglang": ("sglang", "transformers")}
+# Installed side by side, each by a pip of its own; the packages in no group make one more. Compiling is
+# most of the work, so this keeps all cores busy. torch is alone because it may have to come from another index.
+GROUPS = {
+    "torch": ("torch",),
+    "sglang": ("sglang", "transformers"),
+    "numeric": ("numpy", "pandas", "pyarrow", "sympy", "networkx", "torchvision"),
+}
 UV_TORCH_BACKEND = {"cpu": "cpu"}  # device of a stack -> the name uv has for PyTorch's index of that device
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.errors import LabError
+from lab.errors import LabError, unknown_name
 
 Role = Literal["warmup", "measure"]
 
@@ -50,7 +50,9 @@ class Load:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise LabError for lengths, counts and rates that make no sense."""
+        """Raise LabError for a dataset the lab has no program for, and for numbers that make no sense."""
+        if self.dataset not in DATASETS:
+            raise unknown_name("dataset", self.dataset, DATASETS)
         if self.concurrency < 1 or self.concurrency > 100_000:
             raise LabError(
                 f"load {self.name!r}: concurrency is {self.concurrency}",
