@@ -47,6 +47,7 @@ def run_experiment(
     """Plan, execute, analyse and report one experiment."""
     source = load_experiment(name, folder=places.EXPERIMENTS)
     chosen_stack, chosen_model = load_stack(stack, root=places.ROOT), get_model(model)
+    check_platform(chosen_stack)
     chosen_site = load_site(site, folder=places.SITES)
     if explain:
         print(explanation(source.experiment))
@@ -72,7 +73,7 @@ def run_experiment(
         resumed = _resumed(name, resume, source=source, where=where) if resume else None
         Ledger(places.state()).sweep(progress.step)
         scratch.sweep()
-        stack_dir = ensure(chosen_stack, cache=places.cache(), say=progress.step)
+        stack_dir = ensure(chosen_stack, cache=places.cache(), say=progress.step, live=progress.live)
         ensure_model(
             chosen_model, cache=places.cache(), python=stack_dir / "bin" / "python", say=progress.step
         )
@@ -202,7 +203,6 @@ def _places(stack: Stack, model: Model) -> dict[str, str]:
 
 
 def _check_machine(stack: Stack) -> None:
-    check_platform(stack)
     available = psutil.virtual_memory().available / 1e9
     check_resources(stack, memory_available_gb=available)
     try:
@@ -248,7 +248,9 @@ def _not_writable(error: OSError) -> LabError:
     )
 
 
-def _resumed(name: str, which: str | bool, *, source: Source, where: dict[str, str]) -> tuple[Run, Plan]:
+def _resumed(
+    name: str, which: str | bool, *, source: Source, where: dict[str, str], repeats: int | None
+) -> tuple[Run, Plan]:
     """The run to go on with, and its plan; refused when the experiment or the software has changed."""
     run = find_run(which if isinstance(which, str) else None, experiment=name)
     if run.sums.is_file():
@@ -259,6 +261,12 @@ def _resumed(name: str, which: str | bool, *, source: Source, where: dict[str, s
             f"run {run.path.name} cannot be resumed: lab/experiments/{name}.py has changed since",
             why="its claims and loads were registered with the old file",
             fix="start a new run, or restore the file from the run's experiment.py",
+        )
+    if repeats not in (None, plan.repeats):
+        raise LabError(
+            f"run {run.path.name} was planned with {plan.repeats} repeats, not {repeats}",
+            why="a plan is not changed once its run has begun",
+            fix="leave --repeats out, or start a new run",
         )
     if plan.places != where:
         raise LabError(

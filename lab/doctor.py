@@ -15,7 +15,7 @@ from rich.table import Table
 from lab import places
 from lab.errors import LabError
 from lab.models import find_damage, get_model
-from lab.site import load_site
+from lab.site import load_site, usable_cpus
 from lab.stack import Stack, check_platform, list_stacks, load_stack
 from lab.stackbuild import stack_folder
 
@@ -70,7 +70,7 @@ def _python() -> Finding:
 
 
 def _cpus() -> list[Finding]:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(usable_cpus())
     site = load_site("local", folder=places.SITES)
     load = os.getloadavg()[0]
     return [

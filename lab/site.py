@@ -54,7 +54,14 @@ def load_site(name: str, *, folder: Path) -> Site:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LabError(f"{path.name} is not valid TOML", why=str(error), fix="correct the file") from error
     site = _from_table(table, where=path.name)
-    return detect(site, cpus=tuple(sorted(os.sched_getaffinity(0))))
+    return detect(site, cpus=usable_cpus())
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """The CPUs this process may use; all of them where the system does not say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def detect(site: Site, *, cpus: tuple[int, ...]) -> Site:

@@ -292,6 +292,10 @@ def _lock_hash(folder: Path, *, python: str) -> str:
             content = file.read_bytes()
         except OSError as error:
             raise LabError(f"cannot read {file}", why=str(error), fix="restore the stack's folder") from None
+        if file.name == "requirements.txt":  # its comments change nothing
+            content = b"".join(
+                line for line in content.splitlines(True) if not line.lstrip().startswith(b"#")
+            )
         digest.update(f"{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import uv
 
+from lab import places
 from lab.errors import LabError
-from lab.stack import Stack
+from lab.stack import Stack, load_stack
 
-LOCK_COMMAND = "invoke image.lock"
+LOCK_COMMAND = "python -m lab.stacklock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def _pin(entry: str, *, file: Path) -> Pin:
     if not separator or not hashes or len(hashes) != len(words) - 1:
         raise LabError(
             f"{file} has a line that is not NAME==VERSION with sha256 hashes: {entry[:80]!r}",
-            fix=f"make the lock again: {LOCK_COMMAND}",
+            fix=f"make the lock again: {LOCK_COMMAND} STACK DATE",
         )
     return Pin(name=normal_name(name), version=version, text=" \\\n    ".join(words) + "\n")
 
@@ -116,7 +118,7 @@ def write_lock(stack: Stack, *, newest: date, say: Callable[[str], None]) -> Pat
             raise LabError(
                 f"cannot lock stack {stack.name!r}",
                 why=result.stderr.strip(),
-                fix=f"correct {stack.requirements}, or check the network, and run {LOCK_COMMAND} again",
+                fix=f"correct {stack.requirements}, or check the network, and try again: {LOCK_COMMAND} {stack.name} {newest}",
             )
         stack.lock.write_text(
             _header(stack, newest=newest) + out.read_text(encoding="utf-8"), encoding="utf-8"
@@ -148,8 +150,26 @@ def _uv(argv: tuple[str, ...], *, folder: Path) -> subprocess.CompletedProcess[s
 def _header(stack: Stack, *, newest: date) -> str:
     return (
         f"# Every package of stack {stack.name!r}, with the hashes of its files. "
-        f"Made by `{LOCK_COMMAND}`, not by hand.\n"
+        f"Made by `{LOCK_COMMAND} {stack.name} {newest}`, not by hand.\n"
         f"# Python {stack.python}, {stack.needs.machine}, glibc {stack.needs.glibc}; "
         f"files published before {newest.isoformat()}.\n"
         f"# Made from requirements.in and excludes.txt, inputs sha256:{inputs_hash(stack)}\n"
     )
+
+
+def main(argv: list[str]) -> int:
+    """`python -m lab.stacklock STACK DATE`: lock the stack from files published before the date."""
+    try:
+        name, newest = argv
+        write_lock(load_stack(name, root=places.ROOT), newest=date.fromisoformat(newest), say=print)
+    except ValueError:
+        print(f"usage: {LOCK_COMMAND} STACK YYYY-MM-DD", file=sys.stderr)
+        return 1
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -98,6 +98,15 @@ def _trial(run: Run, trial: Trial, rows: Rows) -> Row:
         if status.get("status") == "running":
             reason = f"{status.get('phase')}: the lab was killed during this trial"
         return {**row, **_state("failed", "failed", reason)}
+    try:
+        return row | _measured(trial, files, status, rows)
+    except LabError as error:  # a file that cannot be read costs its trial, not the report on the others
+        what = error.problem.replace(f"{run.path}/", "")
+        return row | _state("ok", "invalid", what) | {"unreadable": what}
+
+
+def _measured(trial: Trial, files: TrialFiles, status: dict[str, object], rows: Rows) -> Row:
+    """State, log lines and what was unreadable of a trial that ran to its end; fills `rows`."""
     info = read_json(files.server_info).get("server_info")
     info = info if isinstance(info, dict) else {}
     checks = [("", server_arguments(_resolved(trial, status), info))]
@@ -122,9 +131,8 @@ def _trial(run: Run, trial: Trial, rows: Rows) -> Row:
     unread += rows.notes
     rows.checks += [{"trial": trial.name, "load": load, **asdict(check)} for load, check in checks]
     bad = [f"{load + ': ' if load else ''}{c.name}: {c.detail}" for load, c in checks if not c.ok]
-    row |= _state("ok", "invalid" if bad else "valid", "; ".join(bad))
-    row["log_lines"], row["unreadable"] = log.lines, "; ".join(unread[:20])
-    return row
+    row = _state("ok", "invalid" if bad else "valid", "; ".join(bad))
+    return row | {"log_lines": log.lines, "unreadable": "; ".join(unread[:20])}
 
 
 def _state(status: str, validity: str, reason: str) -> Row:

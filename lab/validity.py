@@ -147,10 +147,14 @@ def _hit_rate(step: LoadStep, load: dict[str, float]) -> Check:
 
 def _client(requests: pd.DataFrame) -> Check:
     """What the client measured beyond the server's own time to first token is the client's and the wire's."""
-    extra = (requests["ttft_ms"] - requests["server_ttft_ms"]).median()
-    allowed = max(CLIENT_FLOOR_MS, CLIENT_SHARE * float(requests["server_ttft_ms"].median()))
+    name = "client was not the bottleneck"
+    known = requests.loc[requests["server_ttft_ms"].notna(), ["ttft_ms", "server_ttft_ms"]]
+    if known.empty:
+        return Check(name=name, ok=False, detail="the server's own time to first token is not known")
+    extra = (known["ttft_ms"] - known["server_ttft_ms"]).median()
+    allowed = max(CLIENT_FLOOR_MS, CLIENT_SHARE * float(known["server_ttft_ms"].median()))
     return Check(
-        name="client was not the bottleneck",
+        name=name,
         ok=bool(extra <= allowed),
         detail=f"client adds a median of {extra:.1f} ms to the server's time to first token, allowed {allowed:.1f} ms",
     )

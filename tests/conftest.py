@@ -1,8 +1,9 @@
-"""Shared fixtures and the `--require-parts` switch."""
+"""Shared fixtures, the `--require-parts` switch, and `--update-golden`, which writes tests/golden/ anew."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a missing part (SGLang stack, ...) is a failure, not a skip",
     )
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the files of tests/golden/ from what the code makes now; read the diff before committing",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     parts.REQUIRE_PARTS = bool(config.getoption("--require-parts"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the file of that name in tests/golden/, or write it there with `--update-golden`."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8"), f"{name} changed; if that is right: pytest --update-golden"
+
+    return compare
 
 
 @pytest.fixture(scope="session")

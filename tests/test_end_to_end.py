@@ -157,7 +157,7 @@ def test_a_server_that_is_never_ready_fails_the_trial(checkout: Checkout) -> Non
 
 
 def test_a_server_killed_under_load_fails_its_trial_and_the_run_can_be_resumed(checkout: Checkout) -> None:
-    checkout.tiny("killed", questions=200, output=64)
+    checkout.tiny("killed", questions=60, output=32)
     lab = checkout.start("exp.killed", "--repeats", "2")
     try:
         begun = "runs/killed/*/trials/000-only-r0/loads/chat/client.log"
@@ -179,7 +179,7 @@ def test_a_server_killed_under_load_fails_its_trial_and_the_run_can_be_resumed(c
 
 
 def test_a_client_over_its_deadline_fails_the_trial(checkout: Checkout) -> None:
-    checkout.tiny("slow", questions=200, output=64)
+    checkout.tiny("slow", questions=60, output=64)
     code, output = checkout.invoke("exp.slow", "--site", checkout.site(load_s=1.5))
     assert code == 2, output
     status = status_of(checkout.newest_run("slow"))

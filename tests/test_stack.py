@@ -98,9 +98,11 @@ def test_the_lock_hash_covers_what_determines_the_environment(copy: Path, cpu: S
     cache = copy / "containers" / "cpu" / "shims" / "sgl_kernel" / "__pycache__"
     cache.mkdir(exist_ok=True)
     (cache / "x.pyc").touch()
-    assert lock_hash() == cpu.lock_hash  # neither server arguments nor Python's caches are installed
+    edit(copy, "# Every package", "# Each package", file="requirements.txt")
+    # neither comments nor server arguments nor Python's caches are installed
+    assert lock_hash() == cpu.lock_hash
     seen = {lock_hash()}
-    edit(copy, "sha256:0", "sha256:1", file="requirements.txt")
+    edit(copy, "--hash=sha256:0", "--hash=sha256:1", file="requirements.txt")
     seen.add(lock_hash())
     edit(copy, "nms", "nns", file="shims/lab_cpu_shims/torchvision.py")
     seen.add(lock_hash())

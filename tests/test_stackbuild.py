@@ -63,9 +63,7 @@ def start_builder(tmp_path: Path, cache: Path) -> Iterator[Callable[[], subproce
     def start() -> subprocess.Popen[str]:
         argv = (sys.executable, "-c", BUILDER, str(tmp_path), str(cache))
         started.append(
-            subprocess.Popen(
-                argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
         return started[-1]
 
