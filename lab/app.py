@@ -19,7 +19,7 @@ from lab.execute import execute
 from lab.experiment import Experiment, Source, load_experiment
 from lab.machine import describe, uncommitted
 from lab.models import Model, ensure_model, get_model
-from lab.plan import Plan, make_plan, to_json
+from lab.plan import Plan, make_plan, read_plan, to_json
 from lab.progress import Progress
 from lab.rundir import Run, list_runs, read_json, verify, write_json, write_text
 from lab.runtime.ledger import Ledger
@@ -27,7 +27,6 @@ from lab.runtime.ports import require_port
 from lab.site import Site, load_site
 from lab.stack import Stack, check_platform, check_resources, load_stack
 from lab.stackbuild import ensure, stack_folder
-from lab.tables import read_plan
 
 RUN_DISK_GB = 0.5
 
@@ -70,7 +69,7 @@ def run_experiment(
         _check_machine(chosen_stack)
         if chosen_site.port:
             require_port(chosen_site.port)
-        resumed = _resumed(name, resume, source=source, where=where) if resume else None
+        resumed = _resumed(name, resume, source=source, where=where, repeats=repeats) if resume else None
         Ledger(places.state()).sweep(progress.step)
         scratch.sweep()
         stack_dir = ensure(chosen_stack, cache=places.cache(), say=progress.step, live=progress.live)
@@ -95,9 +94,10 @@ def run_experiment(
 
 def report(run: Run, *, strict: bool = False) -> int:
     """Rebuild tables, verdicts and report of a run from its raw files, and print the verdicts."""
+    verify(run)
+    read_plan(run)
     from lab.report.render import analyse  # pandas and matplotlib, only when they are needed
 
-    verify(run)
     try:
         result = analyse(run)
     except OSError as error:

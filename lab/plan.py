@@ -1,4 +1,5 @@
-"""The plan: everything that will be done, resolved before anything starts. Pure functions, no clock, no disk.
+"""The plan: everything that will be done, resolved before anything starts. Pure functions, no clock, no disk
+(but for `read_plan`).
 
 `make_plan` turns experiment, stack, model and site into a `Plan`; `to_json`/`from_json` store it, and
 `commands.py` writes it as a shell script. Paths and numbers that only a machine or a running trial knows stand in argv
@@ -17,7 +18,7 @@ from lab.claims import Claim
 from lab.errors import LabError
 from lab.experiment import Experiment, Source
 from lab.models import Model
-from lab.rundir import SCHEMA
+from lab.rundir import SCHEMA, Run
 from lab.site import Site
 from lab.stack import Stack
 from lab.workload import Load
@@ -249,3 +250,12 @@ def from_json(text: str, *, where: str) -> Plan:
             why=f"{error}; it was cut short or changed",
             fix="restore the file, or start a new run",
         ) from error
+
+
+def read_plan(run: Run) -> Plan:
+    """The plan of a run, checked."""
+    if not run.plan.is_file():
+        raise LabError(
+            f"run {run.path.name} has no plan.json", why="it was cut short or damaged", fix="start a new run"
+        )
+    return from_json(run.plan.read_text(encoding="utf-8", errors="replace"), where=run.plan.name)

@@ -214,7 +214,7 @@ def verify(run: Run) -> None:
             fix="finish it: invoke exp.NAME --resume",
         )
     listed: dict[str, str] = {}
-    for line in run.sums.read_text(encoding="utf-8").splitlines():
+    for line in run.sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         listed[name] = digest
     here = {f.as_posix() for f in raw_files(run)}

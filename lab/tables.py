@@ -10,7 +10,7 @@ import pandas as pd
 
 from lab import lru, prom, serverlog
 from lab.errors import LabError
-from lab.plan import LoadStep, Plan, Trial, from_json
+from lab.plan import LoadStep, Trial, read_plan
 from lab.requestlog import COLUMNS, ServerRecord, client_frame, export_records, join, server_frame
 from lab.rundir import LoadFiles, Run, TrialFiles, read_json
 from lab.validity import Check, load_checks, server_arguments
@@ -31,15 +31,6 @@ class Rows:
     metrics: list[Row] = field(default_factory=list)
     checks: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-def read_plan(run: Run) -> Plan:
-    """The run's plan, checked."""
-    if not run.plan.is_file():
-        raise LabError(
-            f"run {run.path.name} has no plan.json", why="it was cut short or damaged", fix="start a new run"
-        )
-    return from_json(run.plan.read_text(encoding="utf-8", errors="replace"), where=run.plan.name)
 
 
 def tabulate(run: Run) -> dict[str, pd.DataFrame]:

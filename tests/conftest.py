@@ -38,7 +38,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         path = Path(__file__).parent / "golden" / name
         if request.config.getoption("--update-golden"):
             path.write_text(text, encoding="utf-8")
-        assert text == path.read_text(encoding="utf-8"), f"{name} changed; if that is right: pytest --update-golden"
+        assert text == path.read_text(encoding="utf-8"), (
+            f"{name} changed; if that is right: pytest --update-golden"
+        )
 
     return compare
 

@@ -12,7 +12,15 @@ import pytest
 from lab import places
 from lab.claims import Claim, Measure
 from lab.errors import LabError
-from lab.experiment import Experiment, Variant, check, experiment_names, first_line, load_experiment, load_file
+from lab.experiment import (
+    Experiment,
+    Variant,
+    check,
+    experiment_names,
+    first_line,
+    load_experiment,
+    load_file,
+)
 from lab.workload import Chat, Load, RandomIds
 
 RADIX = load_experiment("radix", folder=places.EXPERIMENTS)
@@ -98,7 +106,9 @@ def test_an_experiment_names_no_host_path_or_image(name: str) -> None:
     words = [*source.experiment.server, *(a for v in source.experiment.variants for a in v.args)]
     for word in words:
         assert not word.startswith(("/", "~", ".")), f"{word} is a path"
-        assert word not in ("--host", "--port", "--model-path", "--device"), f"{word} belongs to site and stack"
+        assert word not in ("--host", "--port", "--model-path", "--device"), (
+            f"{word} belongs to site and stack"
+        )
     assert not re.search(r"https?://|localhost|\d+\.\d+\.\d+\.\d+|docker|:latest|\bimage\b", source.text)
     assert not re.search(r"[\"'(\s](/[a-z]+){2,}", source.text)
     assert "import os" not in source.text

@@ -12,9 +12,7 @@ from lab.claims import Claim, Measure, Op, Verdict
 from lab.judge import judge, samples
 
 TTFT = Measure(table="requests", load="chat", column="ttft_ms", rows="later")
-FASTER = Claim(
-    name="faster", says="", measure=TTFT, variant="on", against="off", op="<", threshold=0.7
-)
+FASTER = Claim(name="faster", says="", measure=TTFT, variant="on", against="off", op="<", threshold=0.7)
 HIT = Claim(
     name="hit",
     says="",

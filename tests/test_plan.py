@@ -68,7 +68,9 @@ def test_each_repeat_visits_each_variant_once(repeats: int) -> None:
 
 def test_variants_of_a_repeat_get_the_same_load(plan: Plan) -> None:
     for repeat in range(plan.repeats):
-        on, off = sorted((t for t in plan.trials if t.repeat == repeat), key=lambda t: t.variant, reverse=True)
+        on, off = sorted(
+            (t for t in plan.trials if t.repeat == repeat), key=lambda t: t.variant, reverse=True
+        )
         loads = {step.name: step.argv for step in on.loads}
         assert all(step.argv == loads[step.name] for step in off.loads)
         assert all(step.hit_rate == 0 for step in off.loads), "nothing is predicted without a cache"
@@ -125,7 +127,7 @@ def test_a_plan_from_a_newer_lab(plan: Plan) -> None:
 def test_a_plan_cut_anywhere_is_refused(plan: Plan) -> None:
     text = to_json(plan)
     for at in (0, 1, 17, len(text) // 3, len(text) // 2, len(text) - 3):
-        with pytest.raises(LabError, match="plan.json is not a plan of this lab") as caught:
+        with pytest.raises(LabError, match=r"plan\.json is not a plan of this lab") as caught:
             from_json(text[:at], where="plan.json")
         assert caught.value.why
         assert caught.value.fix
@@ -133,7 +135,14 @@ def test_a_plan_cut_anywhere_is_refused(plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"repeats": "two"}, {"trials": None}, {"trials": [{}]}, {"claims": [1]}, {"places": []}, {"schema": "1"}],
+    [
+        {"repeats": "two"},
+        {"trials": None},
+        {"trials": [{}]},
+        {"claims": [1]},
+        {"places": []},
+        {"schema": "1"},
+    ],
 )
 def test_a_plan_with_a_wrong_type_is_refused(plan: Plan, changes: dict[str, object]) -> None:
     with pytest.raises(LabError, match="is not a plan of this lab"):
@@ -201,7 +210,9 @@ def test_the_script_starts_what_the_plan_says_word_for_word(site: Site, tmp_path
         assert words(folder / "server.log") == expected(trial.server, values)
         for step in trial.loads:
             load = folder / "loads" / step.name
-            assert words(load / "client.log") == expected(trial.client, {**values, "LOAD": str(load)}, *step.argv)
+            assert words(load / "client.log") == expected(
+                trial.client, {**values, "LOAD": str(load)}, *step.argv
+            )
 
 
 def test_the_script_flushes_and_reads_metrics_around_each_load(plan: Plan, tmp_path: Path) -> None:
@@ -221,7 +232,7 @@ def test_the_script_is_sound_bash(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_places_with_spaces_and_quotes(tmp_path: Path) -> None:
-    awkward = {name: f"{path}/it's a \"$HOME\" `x` folder" for name, path in PLACES.items()}
+    awkward = {name: f'{path}/it\'s a "$HOME" `x` folder' for name, path in PLACES.items()}
     plan = replace(make_fake_plan(RADIX, repeats=1), places=awkward)
     server = words(play(plan, tmp_path) / plan.trials[0].name / "server.log")
     assert f"{awkward['STACK']}/bin/python" in server
@@ -229,7 +240,9 @@ def test_places_with_spaces_and_quotes(tmp_path: Path) -> None:
 
 
 text = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=12)
-pieces = st.lists(st.one_of(text, st.sampled_from(["${PORT}", "$PORT", "$(ls)", "`ls`", "'", '"', "\\", "!", "${x}"])))
+pieces = st.lists(
+    st.one_of(text, st.sampled_from(["${PORT}", "$PORT", "$(ls)", "`ls`", "'", '"', "\\", "!", "${x}"]))
+)
 
 
 @settings(max_examples=50)

@@ -24,7 +24,9 @@ REGISTRIES = [
     "docker" + ".io",
     "gh" + "cr.io",
 ]
-MACHINE_PATH = re.compile(r"(?<![\w.}\])*/:-])/(?:" + "|".join(("root", "home", "work", "opt", "Users")) + r")/\w")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.}\])*/])/(?:" + "|".join(("root", "home", "work", "opt", "Users")) + r")/[\w.]"
+)
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +63,19 @@ def test_no_absolute_path_of_a_machine(tracked: list[Path]) -> None:
 
 
 def test_the_search_finds_what_it_looks_for() -> None:
-    for text in ("x = '/" + "root/.cache/x'", "in /" + "home/me/lab", "path=/" + "opt/sglang", '"/' + 'work/main"'):
+    for text in (
+        "x = '/" + "root/.cache/x'",
+        "in /" + "home/me/lab",
+        "${X:-/" + "opt/sglang}",
+        '"/' + 'work/main"',
+    ):
         assert MACHINE_PATH.search(text), text
-    for text in ("https://x.org/" + "home/page", "${ROOT}/" + "work/x", "tests/" + "home/x", "/lab-test/home/x"):
+    for text in (
+        "https://x.org/" + "home/page",
+        "${ROOT}/" + "work/x",
+        "tests/" + "home/x",
+        "/lab-test/home/x",
+    ):
         assert not MACHINE_PATH.search(text), text
 
 

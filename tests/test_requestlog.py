@@ -17,7 +17,13 @@ from lab.rundir import LoadFiles
 
 
 def record(
-    name: str, received: float, prompt: str | list[int], *, cached: int = 0, tokens: int | None = None, output: int = 4
+    name: str,
+    received: float,
+    prompt: str | list[int],
+    *,
+    cached: int = 0,
+    tokens: int | None = None,
+    output: int = 4,
 ) -> ServerRecord:
     kind = "text" if isinstance(prompt, str) else "input_ids"
     return ServerRecord(
@@ -127,8 +133,8 @@ def test_a_failed_request_stays_in_its_place(tmp_path: Path) -> None:
     assert said == []
     assert list(frame["success"]) == [True, False]
     assert list(frame["error"]) == ["", "ConnectionError: refused"]
-    assert list(frame["itl_ms"])[0] == pytest.approx(20)
-    assert list(frame["e2e_ms"])[0] == pytest.approx(110)
+    assert frame["itl_ms"].iloc[0] == pytest.approx(20)
+    assert frame["e2e_ms"].iloc[0] == pytest.approx(110)
     assert np.isnan(frame["itl_ms"].iloc[1])
     assert np.isnan(frame["cached_tokens"].iloc[1])
 
@@ -138,9 +144,7 @@ def test_a_failed_request_stays_in_its_place(tmp_path: Path) -> None:
 
 def test_export_lines_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
     good = export_line(
-        Request(
-            rid="r1", prompt="abc", prompt_tokens=3, cached=1, output=2, received=5.0, ttft=0.1
-        )
+        Request(rid="r1", prompt="abc", prompt_tokens=3, cached=1, output=2, received=5.0, ttft=0.1)
     )
     (tmp_path / "sglang-request-metrics-20260101_01.log").write_text(good + good[:200])
     (tmp_path / "sglang-request-metrics-20260101_02.log").write_text('{"id": "r2"}\n\n' + good)
@@ -212,12 +216,16 @@ def test_an_empty_prompt_divides_by_nothing() -> None:
 
 
 prompts = st.lists(
-    st.tuples(st.sampled_from(["p" * 70, "q" * 70, "r" * 64]), st.text("abc", max_size=6)), min_size=1, max_size=12
+    st.tuples(st.sampled_from(["p" * 70, "q" * 70, "r" * 64]), st.text("abc", max_size=6)),
+    min_size=1,
+    max_size=12,
 )
 
 
 @given(prompts, st.randoms(use_true_random=False), st.booleans())
-def test_the_order_of_server_lines_does_not_matter(texts: list[tuple[str, str]], draw: object, rids: bool) -> None:
+def test_the_order_of_server_lines_does_not_matter(
+    texts: list[tuple[str, str]], draw: object, rids: bool
+) -> None:
     """Lines come in the order requests end; records are the same set whatever order they are read in."""
     records = [record(f"r{i}", float(i), a + b, cached=i) for i, (a, b) in enumerate(texts)]
     shuffled = list(records)
@@ -228,7 +236,9 @@ def test_the_order_of_server_lines_does_not_matter(texts: list[tuple[str, str]],
 
 
 @given(prompts)
-def test_a_prediction_is_a_share_and_no_more_than_the_prompts_have_in_common(texts: list[tuple[str, str]]) -> None:
+def test_a_prediction_is_a_share_and_no_more_than_the_prompts_have_in_common(
+    texts: list[tuple[str, str]],
+) -> None:
     whole = [a + b for a, b in texts]
     frame = server_frame([record(str(i), float(i), t) for i, t in enumerate(whole)])
     assert frame["predicted_share"].between(0, 1).all()

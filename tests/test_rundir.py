@@ -83,6 +83,14 @@ def test_much_damage_is_counted_and_not_listed_in_full(run: Run) -> None:
     assert caught.value.why.endswith("and 3 more")
 
 
+def test_sums_that_are_garbage_or_cut(run: Run) -> None:
+    whole = run.sums.read_bytes()
+    for garbage in (b"\xff\xfe\x00", b"", whole[:-5], whole[:70]):
+        run.sums.write_bytes(garbage)
+        with pytest.raises(LabError, match="not what was measured"):
+            verify(run)
+
+
 def test_a_run_that_was_never_sealed(run: Run) -> None:
     run.sums.unlink()
     with pytest.raises(LabError, match="has no SHA256SUMS") as caught:
@@ -107,7 +115,9 @@ def test_a_status_that_cannot_be_used(run: Run, text: str, problem: str) -> None
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(LabError) as caught:
         read_json(path)
-    assert caught.value.problem == f"radix/{NAME}/trials/000-a-r0/status.json {problem}".removeprefix("radix/")
+    assert caught.value.problem == f"radix/{NAME}/trials/000-a-r0/status.json {problem}".removeprefix(
+        "radix/"
+    )
     assert caught.value.why
     assert caught.value.fix
 

@@ -60,7 +60,7 @@ def test_what_is_no_sample_is_refused(samples: list[float]) -> None:
 
 @pytest.mark.parametrize(("a", "b"), [([0, 1], [1, 1]), ([1, 1], [1, 0]), ([-1], [1]), ([1, 2], [1])])
 def test_no_ratio_of_zeros_or_of_unpaired_samples(a: list[float], b: list[float]) -> None:
-    with pytest.raises(ValueError, match="ratio needs samples above 0|same length"):
+    with pytest.raises(ValueError, match=r"ratio needs samples above 0|same length"):
         ratio_interval(a, b)
 
 

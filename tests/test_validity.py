@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 
 from lab.plan import LoadStep
-from lab.validity import CLIENT_FLOOR_MS, CLIENT_SHARE, HIT_RATE_TOLERANCE, Check, flags, load_checks, server_arguments
+from lab.validity import (
+    CLIENT_FLOOR_MS,
+    CLIENT_SHARE,
+    HIT_RATE_TOLERANCE,
+    Check,
+    flags,
+    load_checks,
+    server_arguments,
+)
 
 STEP = LoadStep(
     name="load",
@@ -56,7 +64,9 @@ def load(**changes: float) -> dict[str, float]:
     return {**numbers, **changes}
 
 
-def check(name: str, rows: pd.DataFrame, *, step: LoadStep = STEP, numbers: dict[str, float] | None = None) -> Check:
+def check(
+    name: str, rows: pd.DataFrame, *, step: LoadStep = STEP, numbers: dict[str, float] | None = None
+) -> Check:
     (found,) = [c for c in load_checks(step, numbers or load(), rows) if c.name == name]
     assert found.detail
     return found
@@ -128,7 +138,8 @@ INSIDE, OUTSIDE = HIT_RATE_TOLERANCE - 0.001, HIT_RATE_TOLERANCE + 0.001
 
 
 @pytest.mark.parametrize(
-    ("observed", "ok"), [(0.6 + INSIDE, True), (0.6 - INSIDE, True), (0.6 + OUTSIDE, False), (0.6 - OUTSIDE, False)]
+    ("observed", "ok"),
+    [(0.6 + INSIDE, True), (0.6 - INSIDE, True), (0.6 + OUTSIDE, False), (0.6 - OUTSIDE, False)],
 )
 def test_one_at_a_time_the_hit_rate_is_known_both_ways(observed: float, ok: bool) -> None:
     """What an LRU cache of the pool's size would show, not what an unbounded one would."""
@@ -175,7 +186,12 @@ def test_an_open_loop_must_arrive_at_its_rate(asked: float, ok: bool) -> None:
 
 # ---- the server's own arguments
 
-INFO: dict[str, object] = {"port": 30001, "mem_fraction_static": 0.5, "disable_radix_cache": True, "dtype": "float32"}
+INFO: dict[str, object] = {
+    "port": 30001,
+    "mem_fraction_static": 0.5,
+    "disable_radix_cache": True,
+    "dtype": "float32",
+}
 
 
 def test_flags_of_a_command() -> None:

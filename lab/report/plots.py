@@ -18,7 +18,7 @@ mpl.use("Agg")
 
 INK = "#1f2933"
 GRID = "#d9dee3"
-COLOURS = ("#2563a8", "#d1762c", "#3a8f5c", "#8a4fa3", "#b3373f", "#6b7280")
+COLOURS = ("#2563a8", "#d1762c", "#3a8f5c", "#8a4fa3", "#c2a01e", "#6b7280", "#2a9d9d", "#b56a8f")
 LOST = "#b3373f"
 
 STYLE = {

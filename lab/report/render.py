@@ -14,11 +14,11 @@ from lab.claims import Measure, Verdict
 from lab.experiment import Experiment, load_file
 from lab.judge import judge, samples
 from lab.metrics import METRICS
-from lab.plan import Plan
+from lab.plan import Plan, read_plan
 from lab.report.plots import draw_all
 from lab.rundir import Run, read_json, write_json, write_text
 from lab.stats import mean_interval, variation
-from lab.tables import read_plan, tabulate
+from lab.tables import tabulate
 
 UNSTEADY = 0.10  # coefficient of variation over repeats above which a number is called unsteady
 
