@@ -14,7 +14,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from fakerun import make_run
 
-REBUILD = "import sys; from pathlib import Path; from lab.report.render import analyse; from lab.rundir import Run; analyse(Run(Path(sys.argv[1])))"
+REBUILD = """
+import sys
+from pathlib import Path
+from lab.report.render import analyse
+from lab.rundir import Run
+analyse(Run(Path(sys.argv[1])))
+"""
 
 
 def seconds(*words: str, times: int) -> float:
@@ -34,7 +40,9 @@ def main() -> None:
         run = make_run(Path(folder), repeats=10)
         imports = seconds("-c", "import pandas, matplotlib.pyplot, jinja2, scipy.special", times=3)
         report = seconds("-c", REBUILD, str(run.path), times=3)
-    print(f"report of 20 trials {report:.2f} s, its libraries alone {imports:.2f} s, ratio {report / imports:.1f}")
+    print(
+        f"report of 20 trials {report:.2f} s, its libraries alone {imports:.2f} s, ratio {report / imports:.1f}"
+    )
 
 
 if __name__ == "__main__":

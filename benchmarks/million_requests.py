@@ -91,7 +91,9 @@ def main() -> None:
         grow(run.trials / name, requests)
         read_s, read_gib = measure(READ, str(run.path), name)
         tables_s, tables_gib = measure(TABLES, str(run.path), name, str(requests))
-    print(f"{requests} requests: tables {tables_s:.1f} s and {tables_gib:.2f} GiB; only parsing the JSON {read_s:.1f} s")
+    print(
+        f"{requests} requests: tables {tables_s:.1f} s and {tables_gib:.2f} GiB; only parsing the JSON {read_s:.1f} s"
+    )
     print(f"ratio of time {tables_s / read_s:.2f}, of memory {tables_gib / read_gib:.2f}")
 
 

@@ -167,11 +167,8 @@ def list_all_runs() -> int:
 def clean(*, cache: bool) -> int:
     """End what killed labs left behind; with `cache` also delete built stacks, models and their logs."""
     swept = Ledger(places.state()).sweep(print)
-    print(
-        f"{len(swept)} killed labs had left processes behind"
-        if swept
-        else "no killed lab left anything behind"
-    )
+    folders = scratch.sweep()
+    print(f"swept: processes of {len(swept)} killed labs, {len(folders)} scratch folders")
     if cache and places.cache().exists():
         shutil.rmtree(places.cache())
         print("deleted the built stacks and models; the next run builds them again")

@@ -66,7 +66,7 @@ def chat(question: dict) -> dict:
     }
 
 
-def load_tokenizer(question: dict):  # noqa: ANN201  a class of transformers, which only the stack has
+def load_tokenizer(question: dict):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(question["model"])

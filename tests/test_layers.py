@@ -46,7 +46,16 @@ ORDER = (
         "lab.client",
         "lab.execute",
     ),
-    *("lab.lru", "lab.requestlog", "lab.validity", "lab.tables", "lab.stats", "lab.judge"),
+    *(
+        "lab.lru",
+        "lab.serverrecords",
+        "lab.requestlog",
+        "lab.loads",
+        "lab.validity",
+        "lab.tables",
+        "lab.stats",
+        "lab.judge",
+    ),
     *("lab.report", "lab.report.plots", "lab.report.render"),
     *("lab.doctor", "lab.app", "tasks"),
 )

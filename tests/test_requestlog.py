@@ -12,8 +12,9 @@ from fakerun import Request, export_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.requestlog import COLUMNS, ServerRecord, client_frame, export_records, join, server_frame
+from lab.requestlog import COLUMNS, client_frame, join
 from lab.rundir import LoadFiles
+from lab.serverrecords import ServerRecord, export_records, server_frame
 
 
 def record(
