@@ -30,6 +30,17 @@ from lab.stackbuild import ensure, stack_folder
 
 RUN_DISK_GB = 0.5
 
+RUN_README = """\
+# Run {name} of experiment {experiment}
+
+Raw, as measured: `plan.json` (everything that was to be done), `commands.sh` (the same without the lab),
+`experiment.py` (the experiment's file), `environment.json` and `uncommitted.diff` (machine and code), `trials/`
+(one folder a trial: status, logs, the server's arguments and its record of each request; below `loads/` what the
+client saw and the metrics before and after). `SHA256SUMS` lists it all: `sha256sum --check --quiet SHA256SUMS`.
+
+Derived, rebuilt by `invoke report --run {name}`: `tables/`, `verdicts.json`, `plots/`, `report.md`.
+"""
+
 
 def run_experiment(
     name: str,
@@ -94,8 +105,10 @@ def run_experiment(
 
 def report(run: Run, *, strict: bool = False) -> int:
     """Rebuild tables, verdicts and report of a run from its raw files, and print the verdicts."""
-    verify(run)
-    read_plan(run)
+    sealed = run.sums.is_file()
+    if sealed:
+        verify(run)
+    plan = read_plan(run)
     from lab.report.render import analyse  # pandas and matplotlib, only when they are needed
 
     try:
@@ -109,8 +122,12 @@ def report(run: Run, *, strict: bool = False) -> int:
     print(verdict_lines(result.verdicts))
     for trial, reason in result.unusable:
         print(f"not used: {trial}: {reason}")
+    if not sealed:
+        print(
+            f"the run was cut short before it was sealed; go on with: invoke exp.{plan.experiment} --resume"
+        )
     print(f"report: {run.report.relative_to(places.ROOT)}")
-    if result.unusable:
+    if result.unusable or not sealed:
         return 2
     return 3 if strict and any(v.outcome == "refuted" for v in result.verdicts) else 0
 
@@ -226,6 +243,7 @@ def _new_run(plan: Plan, source: Source, *, site: Site, stack_dir: Path) -> Run:
         write_text(run.commands, commands.script(plan))
         write_text(run.experiment, source.text)
         write_text(run.diff, uncommitted(places.ROOT))
+        write_text(run.readme, RUN_README.format(experiment=plan.experiment, name=name))
         environment = {
             "machine": describe(places.ROOT),
             "stack": read_json(stack_dir / "lab-stack.json"),

@@ -16,7 +16,7 @@ from typing import get_args
 
 from lab.claims import Capability, Claim, Op, Reduce, Rows, Table
 from lab.errors import LabError, unknown_name
-from lab.workload import Load
+from lab.workload import Workload
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -44,12 +44,12 @@ class Experiment:
     sources: tuple[str, ...]
     server: tuple[str, ...]
     variants: tuple[Variant, ...]
-    loads: tuple[Load, ...]
+    loads: tuple[Workload, ...]
     claims: tuple[Claim, ...]
     try_next: tuple[str, ...]
     repeats: int = 3
 
-    def loads_of(self, variant: str) -> tuple[Load, ...]:
+    def loads_of(self, variant: str) -> tuple[Workload, ...]:
         """The loads a trial of `variant` runs, in order."""
         return tuple(load for load in self.loads if not load.variants or variant in load.variants)
 

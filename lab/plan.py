@@ -21,7 +21,7 @@ from lab.models import Model
 from lab.rundir import SCHEMA, Run
 from lab.site import Site
 from lab.stack import Stack
-from lab.workload import Load
+from lab.workload import Workload
 
 PLACEHOLDER = re.compile(r"\$\{([A-Z]+)\}")
 PLACEHOLDERS = {
@@ -206,7 +206,7 @@ def _trials(
     return tuple(trials)
 
 
-def _step(load: Load, *, repeat: int, cache_on: bool) -> LoadStep:
+def _step(load: Workload, *, repeat: int, cache_on: bool) -> LoadStep:
     return LoadStep(
         name=load.name,
         dataset=load.dataset,

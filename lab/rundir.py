@@ -41,6 +41,10 @@ class Run:
         return self.path / "environment.json"
 
     @property
+    def readme(self) -> Path:
+        return self.path / "README.md"
+
+    @property
     def experiment(self) -> Path:
         return self.path / "experiment.py"
 

@@ -1,7 +1,7 @@
 """The load of a trial, as data, and what it must do to a prefix cache.
 
-A workload is a tuple of loads that run one after the other on one fresh server, each started from a
-flushed cache. `argv()` of a load is the exact client command, with `${NAME}` placeholders for what only
+A trial runs its workloads ("loads", for short) one after the other on one fresh server, each started from a
+flushed cache. `argv()` is the exact client command, with `${NAME}` placeholders for what only
 the running trial knows (see `plan.PLACEHOLDERS`)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DATASETS = ("random-ids", "generated-shared-prefix", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """One client program run against the server.
 
     `concurrency` requests are in flight at once (closed loop); with `rate_per_s` the requests are sent at
@@ -95,7 +95,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomIds(Load):
+class RandomIds(Workload):
     """Unrelated prompts of random token ids: nothing to share, so nothing a prefix cache could help."""
 
     prompts: int
@@ -127,7 +127,7 @@ class RandomIds(Load):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedPrefix(Load):
+class SharedPrefix(Workload):
     """bench_serving's generated-shared-prefix: `prompts_per_group` questions to each of `groups` prefixes."""
 
     groups: int
@@ -174,7 +174,7 @@ class SharedPrefix(Load):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Load):
+class Chat(Workload):
     """Questions asked one by one under one long system prompt, by a program written with `sgl.function`.
 
     `system_chars` of the handbook in lab/data become the system prompt, about `system_tokens` tokens of

@@ -180,10 +180,6 @@ def damage_added(run: Run) -> None:
     (run.trials / "new.txt").write_text("")
 
 
-def damage_unsealed(run: Run) -> None:
-    run.sums.unlink()
-
-
 def damage_newer(run: Run) -> None:
     reseal(run, run.plan, json.dumps({**json.loads(run.plan.read_text()), "schema": SCHEMA + 1}))
 
@@ -209,7 +205,6 @@ def reseal(run: Run, path: Path, text: str) -> None:
         (damage_changed, "is not what was measured", "loads/chat/chat.jsonl was changed"),
         (damage_removed, "is not what was measured", "001-cache-off-r0/server.log is missing"),
         (damage_added, "is not what was measured", "trials/new.txt was added"),
-        (damage_unsealed, f"run {NAME} has no SHA256SUMS", "--resume"),
         (damage_newer, f"plan.json has schema {SCHEMA + 1}", "update the lab"),
         (damage_half_written, "plan.json is not a plan of this lab", "cut short"),
         (damage_cut_status, "status.json is not readable JSON", "cut short"),
@@ -226,6 +221,18 @@ def test_no_report_from_a_run_that_is_not_what_it_was(
     assert {k: v for k, v in snapshot(run.path).items() if k in before} == before
     assert not run.report.exists()
     assert not run.verdicts.exists()
+
+
+def test_a_run_that_was_cut_short_is_reported_as_such(copy: Copy) -> None:
+    run = make_run(copy.root)
+    last = sorted(run.trials.iterdir())[-1]
+    run.trial(last.name).status.write_text('{"schema": 1, "status": "running", "phase": "load chat"}')
+    done = copy.invoke("report")
+    assert done.returncode == 2
+    assert "cut short" in done.stdout
+    assert "--resume" in done.stdout
+    assert "the lab was killed during this trial" in run.report.read_text()
+    assert "cut short before its raw files were sealed" in run.report.read_text()
 
 
 def test_resume_of_a_run_whose_experiment_changed(copy: Copy) -> None:

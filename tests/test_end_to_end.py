@@ -236,7 +236,8 @@ def test_what_a_killed_lab_left_is_swept_by_the_next_start(checkout: Checkout) -
     run = checkout.newest_run("orphan")
     assert status_of(run)["status"] == "running"
     code, output = checkout.invoke("report", "--run", run.name)
-    assert code == 1
+    assert code == 2
     assert "--resume" in output
+    assert "the lab was killed during this trial" in (run / "report.md").read_text()
     _, output = checkout.invoke("exp.orphan", "--resume")
     assert status_of(run)["status"] == "ok", output

@@ -21,7 +21,7 @@ from lab.experiment import (
     load_experiment,
     load_file,
 )
-from lab.workload import Chat, Load, RandomIds
+from lab.workload import Chat, RandomIds, Workload
 
 RADIX = load_experiment("radix", folder=places.EXPERIMENTS)
 NAMES = experiment_names(places.EXPERIMENTS)
@@ -203,7 +203,7 @@ def test_unknown_dataset_lists_the_known_ones() -> None:
     ],
 )
 def test_numbers_that_make_no_sense(changes: dict[str, float]) -> None:
-    load: Load = replace(small().loads[0], **changes)  # type: ignore[arg-type]
+    load: Workload = replace(small().loads[0], **changes)  # type: ignore[arg-type]
     assert next(iter(changes)) in refused(small(loads=(load,))).problem
 
 

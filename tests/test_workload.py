@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lab.plan import PLACEHOLDER, PLACEHOLDERS
-from lab.workload import Chat, Load, RandomIds, SharedPrefix
+from lab.workload import Chat, RandomIds, SharedPrefix, Workload
 
 RANDOM = RandomIds(name="r", seed=7, prompts=3, input_tokens=100, output_tokens=5)
 SHARED = SharedPrefix(
@@ -57,7 +57,7 @@ def test_chat_prediction_is_what_an_unbounded_cache_does() -> None:
 
 
 @pytest.mark.parametrize("load", [RANDOM, SHARED, CHAT])
-def test_without_a_cache_nothing_is_predicted(load: Load) -> None:
+def test_without_a_cache_nothing_is_predicted(load: Workload) -> None:
     assert load.hit_rate(cache_on=False) == 0
 
 
@@ -67,7 +67,7 @@ def value(argv: tuple[str, ...], flag: str) -> str:
 
 
 @pytest.mark.parametrize("load", [RANDOM, SHARED])
-def test_what_would_spoil_a_trial_by_default_is_said(load: Load) -> None:
+def test_what_would_spoil_a_trial_by_default_is_said(load: Workload) -> None:
     argv = load.argv(2)
     assert value(argv, "--seed") == str(load.seed + 2)
     assert value(argv, "--warmup-requests") == "0"
@@ -99,7 +99,7 @@ def test_chat_asks_every_question_in_order() -> None:
 
 
 @pytest.mark.parametrize("load", [RANDOM, SHARED, CHAT])
-def test_only_known_placeholders_are_used(load: Load) -> None:
+def test_only_known_placeholders_are_used(load: Workload) -> None:
     used = {name for word in load.argv(0) for name in PLACEHOLDER.findall(word)}
     assert used
     assert used <= PLACEHOLDERS.keys()

@@ -90,6 +90,7 @@ def _markdown(
     checks = tables["checks"]
     return jinja.get_template("report.md.j2").render(
         run=run.path.name,
+        sealed=run.sums.is_file(),
         plan=plan,
         experiment=experiment,
         claims={c.name: c for c in plan.claims},
