@@ -228,9 +228,9 @@ def test_a_run_that_was_cut_short_is_reported_as_such(copy: Copy) -> None:
     last = sorted(run.trials.iterdir())[-1]
     run.trial(last.name).status.write_text('{"schema": 1, "status": "running", "phase": "load chat"}')
     done = copy.invoke("report")
-    assert done.returncode == 2
-    assert "cut short" in done.stdout
-    assert "--resume" in done.stdout
+    assert done.code == 2
+    assert "cut short" in done.text
+    assert "--resume" in done.text
     assert "the lab was killed during this trial" in run.report.read_text()
     assert "cut short before its raw files were sealed" in run.report.read_text()
 
