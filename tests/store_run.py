@@ -45,6 +45,7 @@ def main() -> None:
 def scrub(text: bytes, *, root: Path) -> bytes:
     for path, instead in ((places.cache(), b"/lab-cache"), (root, b"/lab-checkout")):
         text = text.replace(str(path).encode(), instead)
+    text = re.sub(rb"/(?:root|home|opt)/[\w./-]*?/lib/python3", b"/lab-python/lib/python3", text)
     return re.sub(rb"/tmp/sglang-lab-[\w-]+", b"/lab-scratch", text)
 
 
