@@ -137,12 +137,7 @@ def verdict_lines(verdicts: tuple[Verdict, ...]) -> str:
     width = max((len(v.claim) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        number = ""
-        if v.value is not None:
-            number = f"{v.value:.3g} {v.unit}".rstrip()
-            if v.low is not None and v.high is not None:
-                number += f" [{v.low:.3g}, {v.high:.3g}]"
-            number += f", n={v.n}; "
+        number = "" if v.value is None else f"{v.number()}; "
         lines.append(f"{v.claim:<{width}}  {v.outcome:<12}  {number}{v.reason}")
     return "\n".join(lines)
 

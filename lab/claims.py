@@ -65,7 +65,8 @@ class Verdict:
     """What came of a claim.
 
     `value` with its 95 % interval [`low`, `high`] is the measure (or the ratio), over `n` repeats;
-    all three are None where nothing could be computed, and `reason` then says why.
+    all three are None where nothing could be computed, and `reason` then says why. For a ratio, `levels` are the
+    geometric means of its two sides, in the measure's own unit `level_unit`.
     """
 
     claim: str
@@ -77,3 +78,16 @@ class Verdict:
     low: float | None = None
     high: float | None = None
     samples: tuple[float, ...] = ()
+    levels: tuple[float, float] | None = None
+    level_unit: str = ""
+
+    def number(self) -> str:
+        """The number with unit, interval, for a ratio its two sides, and n; "none" where there is none."""
+        if self.value is None:
+            return "none"
+        text = f"{self.value:.3g} {self.unit}".rstrip()
+        if self.low is not None and self.high is not None:
+            text += f" [{self.low:.3g}, {self.high:.3g}]"
+        if self.levels is not None:
+            text += f" ({self.levels[0]:.3g} against {self.levels[1]:.3g} {self.level_unit})"
+        return f"{text}, n = {self.n}"

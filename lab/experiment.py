@@ -31,6 +31,16 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of somebody else, printed apart from what was measured: its setup, source, and whether it compares."""
+
+    figure: str
+    setup: str
+    source: str
+    comparable: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One question about SGLang with everything needed to answer it.
 
@@ -47,6 +57,7 @@ class Experiment:
     loads: tuple[Workload, ...]
     claims: tuple[Claim, ...]
     try_next: tuple[str, ...]
+    published: tuple[Published, ...] = ()
     repeats: int = 3
 
     def loads_of(self, variant: str) -> tuple[Workload, ...]:

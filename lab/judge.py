@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from statistics import geometric_mean
 
 import pandas as pd
 
@@ -65,7 +67,9 @@ def _judge(claim: Claim, tables: Mapping[str, pd.DataFrame], capabilities: tuple
     if any(x <= 0 for x in (*values, *others)):
         return _untested(claim, unit, "a measurement is 0, so there is no ratio")
     ratios = tuple(a / b for a, b in zip(values, others, strict=True))
-    return _verdict(claim, unit, ratio_interval(values, others), ratios)
+    verdict = _verdict(claim, unit, ratio_interval(values, others), ratios)
+    levels = (geometric_mean(values), geometric_mean(others))
+    return replace(verdict, levels=levels, level_unit=_unit(claim.measure))
 
 
 def _verdict(claim: Claim, unit: str, interval: Interval, values: tuple[float, ...]) -> Verdict:

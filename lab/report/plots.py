@@ -133,7 +133,7 @@ def cached_share(requests: pd.DataFrame) -> Figure | None:
             )
             axis.legend(loc="upper left", bbox_to_anchor=(0.45, 1.32), fontsize=8)
         axis.set_ylim(0, 1.05)
-        axis.set_xlim(-0.8, max(rows["order"].max(), 4) + 0.8)
+        axis.set_xlim(-0.8, rows["order"].max() + 0.8)
         axis.set_title(f"{load}, {variant}")
         axis.set_ylabel("cached share")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -95,7 +95,6 @@ def _markdown(
         experiment=experiment,
         claims={c.name: c for c in plan.claims},
         verdicts=verdicts,
-        number=number_text,
         counts={
             o: sum(v.outcome == o for v in verdicts) for o in ("held", "refuted", "inconclusive", "untested")
         },
@@ -169,17 +168,6 @@ def _number(measure: Measure, variant: str, values: list[float]) -> Number:
         n=interval.n,
         steady=steady,
     )
-
-
-def number_text(verdict: Verdict) -> str:
-    """A verdict's number with unit, interval and n."""
-    if verdict.value is None:
-        return "none"
-    unit = f" {verdict.unit}" if verdict.unit else ""
-    text = f"{verdict.value:.3g}{unit}"
-    if verdict.low is not None and verdict.high is not None:
-        text += f" [{verdict.low:.3g}, {verdict.high:.3g}]"
-    return f"{text}, n = {verdict.n}"
 
 
 def cell(text: object) -> str:
