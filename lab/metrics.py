@@ -93,7 +93,7 @@ METRICS = {
             column="groups_evicted",
             unit="groups",
             means="prefix groups that had been computed, were asked for again, and were no longer cached",
-            decimals=0,
+            decimals=1,
         ),
     )
 }

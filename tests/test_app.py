@@ -48,7 +48,7 @@ def test_verdict_lines_hold_number_unit_interval_and_n() -> None:
         )
     ).splitlines()
     assert lines[0] == "faster  held          0.312 ratio [0.3, 0.32], n = 3; so it is"
-    assert lines[1] == "cold    inconclusive  7 tokens, n=1; one repeat"
+    assert lines[1] == "cold    inconclusive  7 tokens, n = 1; one repeat"
     assert lines[2] == "gone    untested      no gpu"
     assert app.verdict_lines(()) == ""
 
