@@ -26,7 +26,7 @@ from lab.runtime.ledger import Ledger
 from lab.runtime.ports import require_port
 from lab.site import Site, load_site
 from lab.stack import Stack, check_platform, check_resources, load_stack
-from lab.stackbuild import ensure, stack_folder
+from lab.stacks.build import ensure, stack_folder
 
 RUN_DISK_GB = 0.5
 

@@ -17,7 +17,7 @@ from lab.errors import LabError
 from lab.models import find_damage, get_model
 from lab.site import load_site, usable_cpus
 from lab.stack import Stack, check_platform, list_stacks, load_stack
-from lab.stackbuild import stack_folder
+from lab.stacks.build import stack_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lab import prom, scratch
+from lab import scratch
 from lab.client import ClientHost
 from lab.errors import LabError
 from lab.plan import LoadStep, Plan, Process, Trial, fill
 from lab.progress import Progress
+from lab.read import prom
 from lab.rundir import LoadFiles, Run, TrialFiles, read_json, seal, write_json, write_text
 from lab.runtime.base import Command, ProcessFault, StartFailed, Stopped, Waiting
 from lab.runtime.ledger import Ledger

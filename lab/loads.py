@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lab import lru, prom
+from lab import lru
 from lab.plan import LoadStep, Trial
-from lab.requestlog import COLUMNS, client_frame, join
+from lab.read import prom
+from lab.read.requestlog import COLUMNS, client_frame, join
 from lab.rundir import LoadFiles
 
 LOST_SHARE = 0.5  # a prefix is called evicted when less than this of what was predicted is found again

@@ -1,7 +1,7 @@
 """Which software serves: a folder under containers/ (stack.toml, requirements.txt, shims) goes in, a frozen
 `Stack` comes out, with a hash of everything that determines the environment built from it, and two checks of
 the machine: is it of the kind the stack was made for, and has it the room. Nothing is built or run here;
-`stackbuild` does that.
+`stacks.build` does that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lab.errors import LabError, unknown_name
 
 SCHEMA = 1
 BUILD_RECIPE = (
-    1  # part of the lock hash: raise it when stackbuild makes something different from the same files
+    1  # part of the lock hash: raise it when stacks.build makes something different from the same files
 )
 
 
@@ -282,7 +282,7 @@ def _env(table: object, *, file: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _lock_hash(folder: Path, *, python: str) -> str:
-    """sha256 over what determines the environment: the lock, the shims, the Python, how stackbuild builds.
+    """sha256 over what determines the environment: the lock, the shims, the Python, how stacks.build builds.
 
     The server's arguments and environment are not in it: they change what is started, not what is installed.
     """

@@ -10,13 +10,13 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import csv
 
-from lab import serverlog
 from lab.errors import LabError
 from lab.loads import KEYS, LOAD_COLUMNS, METRIC_COLUMNS, Row, group_table, keys_of, read_load
 from lab.plan import Trial, read_plan
-from lab.requestlog import COLUMNS
+from lab.read import serverlog
+from lab.read.requestlog import COLUMNS
+from lab.read.serverrecords import read_export
 from lab.rundir import Run, TrialFiles, read_json
-from lab.serverrecords import read_export
 from lab.validity import Check, load_checks, server_arguments
 
 TABLES = ("trials", "loads", "requests", "batches", "metrics", "groups", "checks")

@@ -51,7 +51,7 @@ def stack_dir() -> Path:
     from lab import places
     from lab.errors import LabError
     from lab.stack import load_stack
-    from lab.stackbuild import ensure
+    from lab.stacks.build import ensure
 
     try:
         return ensure(load_stack("cpu", root=places.ROOT), cache=places.cache(), say=print)

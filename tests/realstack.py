@@ -11,7 +11,7 @@ import parts
 from lab import places
 from lab.errors import LabError
 from lab.stack import Stack, load_stack
-from lab.stackbuild import ensure
+from lab.stacks.build import ensure
 
 UNSET = ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE", "UV_OFFLINE")
 AS_STARTED = {key: os.environ[key] for key in UNSET if key in os.environ}  # before any test changed them

@@ -16,7 +16,7 @@ EXPERIMENT_LINES = 130
 
 # In reading order: a module may import only modules that stand before it. A new one is put at its place here.
 ORDER = (
-    *("lab", "lab.errors", "lab.jsonl", "lab.places"),
+    *("lab", "lab.errors", "lab.read", "lab.read.jsonl", "lab.places"),
     *(
         "lab.claims",
         "lab.metrics",
@@ -26,7 +26,15 @@ ORDER = (
         "lab.models",
         "lab.nano",
     ),
-    *("lab.stack", "lab.stacklock", "lab.stackpython", "lab.stackrun", "lab.stackcheck", "lab.stackbuild"),
+    *(
+        "lab.stack",
+        "lab.stacks",
+        "lab.stacks.lock",
+        "lab.stacks.python",
+        "lab.stacks.run",
+        "lab.stacks.check",
+        "lab.stacks.build",
+    ),
     *("lab.site", "lab.machine", "lab.rundir", "lab.plan", "lab.commands"),
     *("lab.runtime", "lab.runtime.base", "lab.runtime.launch", "lab.runtime.procfs", "lab.runtime.ledger"),
     *(
@@ -38,9 +46,9 @@ ORDER = (
     ),
     *("lab.load", "lab.load.host", "lab.load.chat"),
     *(
-        "lab.logmessage",
-        "lab.serverlog",
-        "lab.prom",
+        "lab.read.logmessage",
+        "lab.read.serverlog",
+        "lab.read.prom",
         "lab.progress",
         "lab.server",
         "lab.client",
@@ -48,8 +56,8 @@ ORDER = (
     ),
     *(
         "lab.lru",
-        "lab.serverrecords",
-        "lab.requestlog",
+        "lab.read.serverrecords",
+        "lab.read.requestlog",
         "lab.loads",
         "lab.validity",
         "lab.tables",
@@ -66,7 +74,7 @@ DOING = (
     "lab.server",
     "lab.runtime",
     "lab.scratch",
-    "lab.stackbuild",
+    "lab.stacks.build",
     "lab.progress",
     "lab.app",
 )

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import prom
 from lab.errors import LabError
+from lab.read import prom
 
 LOGS = Path(__file__).parent / "data" / "logs"
 CACHED = "sglang:cached_tokens_total"

@@ -12,9 +12,9 @@ from fakerun import Request, export_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.requestlog import COLUMNS, client_frame, join
+from lab.read.requestlog import COLUMNS, client_frame, join
+from lab.read.serverrecords import ServerRecord, export_records, server_frame
 from lab.rundir import LoadFiles
-from lab.serverrecords import ServerRecord, export_records, server_frame
 
 
 def record(

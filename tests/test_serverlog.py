@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab import prom, serverlog
 from lab.errors import LabError
-from lab.serverlog import LogRecords
+from lab.read import prom, serverlog
+from lab.read.serverlog import LogRecords
 
 LOGS = Path(__file__).parent / "data" / "logs"
 REAL = ("0.5.21-retraction", "0.5.21-two-ranks-killed", "0.5.21-dies-at-start")

@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 from realstack import real_stack
 
-from lab.stackcheck import python_of, site_packages
-from lab.stackrun import child_env
+from lab.stacks.check import python_of, site_packages
+from lab.stacks.run import child_env
 
 SHIMS = Path(__file__).parents[1] / "containers" / "cpu" / "shims"
 

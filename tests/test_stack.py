@@ -10,7 +10,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.stack import Stack, check_platform, check_resources, list_stacks, load_stack
-from lab.stacklock import drift, normal_name, read_lock, read_names
+from lab.stacks.lock import drift, normal_name, read_lock, read_names
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,18 +19,18 @@ from tinystack import Package, make_stack
 
 from lab.errors import LabError
 from lab.stack import Stack, load_stack
-from lab.stackbuild import BUILDING, ensure, lock_file, stack_folder
-from lab.stackcheck import check, read_manifest, site_packages, verify
-from lab.stacklock import normal_name, read_names
-from lab.stackpython import find_python, probe
-from lab.stackrun import child_env
+from lab.stacks.build import BUILDING, ensure, lock_file, stack_folder
+from lab.stacks.check import check, read_manifest, site_packages, verify
+from lab.stacks.lock import normal_name, read_names
+from lab.stacks.python import find_python, probe
+from lab.stacks.run import child_env
 
 ROOT = Path(__file__).parents[1]
 BUILDER = """
 import sys
 from pathlib import Path
 from lab.stack import load_stack
-from lab.stackbuild import ensure
+from lab.stacks.build import ensure
 stack = load_stack("tiny", root=Path(sys.argv[1]))
 print(ensure(stack, cache=Path(sys.argv[2]), say=lambda line: print(line, flush=True)))
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from lab.errors import LabError
-from lab.logmessage import FACTS, FactValues, UnreadError, read_fields
+from lab.read.logmessage import FACTS, FactValues, UnreadError, read_fields
 
 SHOWN_CHARACTERS = 300
 
@@ -77,7 +77,7 @@ class Retraction(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """One line that says something about the server as a whole; names and values in `lab.logmessage`."""
+    """One line that says something about the server as a whole; names and values in `lab.read.logmessage`."""
 
     line: int
     time: str

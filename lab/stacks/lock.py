@@ -22,7 +22,7 @@ from lab import places
 from lab.errors import LabError
 from lab.stack import Stack, load_stack
 
-LOCK_COMMAND = "python -m lab.stacklock"
+LOCK_COMMAND = "python -m lab.stacks.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def _header(stack: Stack, *, newest: date) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m lab.stacklock STACK DATE`: lock the stack from files published before the date."""
+    """`python -m lab.stacks.lock STACK DATE`: lock the stack from files published before the date."""
     try:
         name, newest = argv
         write_lock(load_stack(name, root=places.ROOT), newest=date.fromisoformat(newest), say=print)

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from lab.errors import LabError
 from lab.stack import Stack, shim_files
-from lab.stacklock import normal_name, read_lock, read_names, stated
+from lab.stacks.lock import normal_name, read_lock, read_names, stated
 
 SCHEMA = 1
 MANIFEST = "lab-stack.json"

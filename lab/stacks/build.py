@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from lab.errors import LabError
 from lab.stack import Stack, check_platform, check_resources, shim_files
-from lab.stackcheck import (
+from lab.stacks.check import (
     SCHEMA,
     Manifest,
     check,
@@ -32,9 +32,9 @@ from lab.stackcheck import (
     site_packages,
     verify,
 )
-from lab.stacklock import Pin, read_lock
-from lab.stackpython import find_python
-from lab.stackrun import Job, Steps, child_env, no_retry
+from lab.stacks.lock import Pin, read_lock
+from lab.stacks.python import find_python
+from lab.stacks.run import Job, Steps, child_env, no_retry
 
 BUILDING = ".building-"
 # Installed side by side, each by a pip of its own; the packages in no group make one more. Compiling is

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from lab import jsonl
+from lab.read import jsonl
 from lab.rundir import LoadFiles
 
 Floats: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float64]]
