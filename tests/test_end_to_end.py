@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from checkout import (
     server_processes,
     wait_until,
 )
+from parts import need
 
 pytestmark = pytest.mark.usefixtures("nano")
 
@@ -55,6 +57,10 @@ def derived(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def radix(checkout: Checkout) -> tuple[int, str, Path]:
     code, output = checkout.invoke("exp.radix", timeout=1500)
+    if code == 2 and "client was not the bottleneck" in output:
+        # The lab is right to refuse what it measured while another program took the CPU; a second run tells
+        # whether that was all.
+        code, output = checkout.invoke("exp.radix", timeout=1500)
     return code, output, checkout.newest_run("radix")
 
 
@@ -114,6 +120,7 @@ def test_a_changed_raw_file_is_refused(checkout: Checkout, radix: tuple[int, str
 
 
 def test_commands_repeat_a_run_without_the_lab(checkout: Checkout, tmp_path: Path) -> None:
+    need(shutil.which("curl") is not None, "curl")
     checkout.tiny("plain")
     _, output = checkout.invoke("exp.plain")
     run = checkout.newest_run("plain")
