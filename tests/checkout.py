@@ -138,3 +138,8 @@ def family(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 def scratch_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("sglang-lab-*"))
+
+
+def shared_memory_files() -> set[str]:
+    """What SGLang's servers are known to leave in /dev/shm."""
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("sem.mp-", "sglang_", "psm_"))}

@@ -19,6 +19,7 @@ from checkout import (
     processes_of,
     scratch_folders,
     server_processes,
+    shared_memory_files,
     wait_until,
 )
 from parts import need
@@ -56,7 +57,9 @@ def derived(run: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def radix(checkout: Checkout) -> tuple[int, str, Path]:
+    before = shared_memory_files()
     code, output = checkout.invoke("exp.radix", timeout=1500)
+    assert shared_memory_files() <= before
     if code == 2 and "client was not the bottleneck" in output:
         # The lab is right to refuse what it measured while another program took the CPU; a second run tells
         # whether that was all.

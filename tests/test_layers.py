@@ -36,7 +36,14 @@ ORDER = (
         "lab.stacks.build",
     ),
     *("lab.site", "lab.machine", "lab.rundir", "lab.plan", "lab.commands"),
-    *("lab.runtime", "lab.runtime.base", "lab.runtime.launch", "lab.runtime.procfs", "lab.runtime.ledger"),
+    *(
+        "lab.runtime",
+        "lab.runtime.base",
+        "lab.runtime.launch",
+        "lab.runtime.procfs",
+        "lab.runtime.shm",
+        "lab.runtime.ledger",
+    ),
     *(
         "lab.runtime.logtail",
         "lab.runtime.started",

@@ -13,12 +13,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lab.errors import LabError
+from lab.runtime import shm
 from lab.runtime.base import (
     Command,
     DeadlinePassed,
@@ -35,6 +37,7 @@ from lab.runtime.ledger import Ledger
 from lab.runtime.logtail import LogReader, last_lines
 from lab.runtime.ports import free_port, holder, require_port
 from lab.runtime.process import ProcessRuntime
+from lab.runtime.started import members
 
 ROOT = Path(__file__).parent.parent
 
@@ -492,6 +495,42 @@ def test_a_process_that_keeps_forking_away_is_caught(bench: Bench) -> None:
         assert rt.wait(server, deadline_s=10) == 0
         assert rt.stop(server).left == ()
         assert bench.marked() == []
+
+
+LEAVES_MEMORY = """
+import sys, time
+from multiprocessing import get_context, resource_tracker, shared_memory
+block = shared_memory.SharedMemory(create=True, size=64)
+resource_tracker.unregister(block._name, "shared_memory")
+lock = get_context("spawn").Lock()
+resource_tracker.unregister(lock._semlock.name, "semaphore")
+print(block.name, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ends", ["is stopped", "dies after it was ready"])
+def test_shared_memory_that_a_program_leaves_is_removed(bench: Bench, ends: str) -> None:
+    def entries() -> set[str]:
+        return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}  # noqa: PTH208
+
+    before = entries()
+    stranger = shared_memory.SharedMemory(create=True, size=64)
+    try:
+        with bench.runtime() as rt:
+            program = rt.start(bench.python(LEAVES_MEMORY))
+            until(lambda: len(entries() - before) == 3)
+            if ends == "dies after it was ready":
+                program.shared |= shm.mapped(members(program))  # as wait_ready does
+                program.popen.kill()
+                rt.wait(program, deadline_s=5)
+            else:
+                assert "\n" in bench.log()
+            rt.stop(program)
+        assert entries() - before == {stranger.name}
+    finally:
+        stranger.close()
+        stranger.unlink()
 
 
 def test_it_works_where_python_has_no_pidfd(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

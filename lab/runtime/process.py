@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 import httpx
 
 from lab.errors import LabError
+from lab.runtime import shm
 from lab.runtime.base import (
     Command,
     DeadlinePassed,
@@ -165,6 +166,7 @@ class ProcessRuntime:
                 answer = _get(http, url, timeout_s=min(_HEALTH_ANSWER_S, deadline_s - elapsed))
                 if answer == "HTTP 200":
                     self._check_answerer(process, port=port)
+                    process.shared |= shm.mapped(members(process))
                     return elapsed
         reason = f"not ready after {deadline_s:g} s; last answer of {url}: {answer}"
         raise NeverReady(reason, name=process.name, phase="start", last_lines=log_end(process))
@@ -242,6 +244,7 @@ class ProcessRuntime:
         if process.stopped is not None:
             return process.stopped
         began = time.monotonic()
+        process.shared |= shm.mapped(members(process))
         how = self._ask_to_end(process, grace_s=grace_s)
         settle_s = 0.0 if how == "SIGKILL" or self._hurried_by is not None else _SETTLE_S
         killed, left = end_all(lambda: members(process), settle_s=settle_s)
@@ -257,6 +260,7 @@ class ProcessRuntime:
             left=left,
         )
         if not left:
+            shm.remove(process.shared)
             with contextlib.suppress(
                 LabError
             ):  # a full disk: a stale line does no harm, its start time tells

@@ -28,6 +28,7 @@ class Started:
     mark: str
     popen: subprocess.Popen[bytes] = field(repr=False)
     stopped: Stopped | None = None
+    shared: frozenset[int] = frozenset()  # inodes of shared memory that its processes were seen to use
 
     @property
     def name(self) -> str:
