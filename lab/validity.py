@@ -16,7 +16,7 @@ COUNTER_TOLERANCE = 0.01
 CLIENT_SHARE = (
     0.25  # of the server's own TTFT that client and connection may add before they are the bottleneck
 )
-CLIENT_FLOOR_MS = 10.0
+CLIENT_FLOOR_MS = 15.0
 RATE_TOLERANCE = 0.1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from lab.runtime.procfs import Proc
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - the place itself, nothing is made there
-NAMES = ("sem.mp-", "psm_", "sglang_")  # Python's semaphores and shared memory, SGLang's own
+NAMES = ("sem.mp-", "psm_", "sglang_", "sgl_shm_")  # Python's semaphores and shared memory, SGLang's own
 
 
 def mapped(processes: Iterable[Proc]) -> frozenset[int]:
