@@ -41,7 +41,11 @@ def checked(function: Callable[[], int]) -> None:
 
 def first_line(path: Path) -> str:
     """First line of a file's docstring, without importing it."""
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:  # the other commands must still work
+        return f"cannot be read: syntax error in line {error.lineno}"
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:

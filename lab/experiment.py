@@ -101,7 +101,14 @@ def load_file(path: Path) -> Experiment:
     if spec is None or spec.loader is None:  # a plain .py file always has both
         raise RuntimeError(f"no import loader for {path.name}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise LabError(
+            f"{path.name} cannot be read: syntax error in line {error.lineno}",
+            why=str(error.msg),
+            fix="correct the file",
+        ) from error
     experiment = getattr(module, "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
         raise LabError(

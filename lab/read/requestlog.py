@@ -129,7 +129,8 @@ def _bench_frame(bench: Bench) -> pd.DataFrame:
             "ttft_ms": 1000 * ttft,
             "itl_ms": 1000 * medians,
             "e2e_ms": 1000 * (ttft + sums),
-            "success": [not e for e in bench.errors],
+            # a success without a time to first token is none: the client never saw a token
+            "success": [not e and not np.isnan(t) for e, t in zip(bench.errors, ttft, strict=True)],
             "error": [e.splitlines()[-1] if e else "" for e in bench.errors],
         }
     )
