@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,6 @@ class ClientHost:
         log: Path,
         deadline_s: float,
         watch: tuple[Started, ...],
-        say: Callable[[], None] | None = None,
     ) -> Done:
         """Run one client program to its end.
 
@@ -59,7 +57,7 @@ class ClientHost:
         done = self._mailbox / f"done-{number}.json"
         task = {"argv": list(argv), "log": str(log)}
         write_text(self._mailbox / f"task-{number}.json", json.dumps(task))
-        self._wait_for(done, what=argv[0], deadline_s=deadline_s, watch=watch, say=say)
+        self._wait_for(done, what=argv[0], deadline_s=deadline_s, watch=watch)
         answer = json.loads(done.read_text(encoding="utf-8"))
         return Done(exit=answer["exit"], started=answer["started"], ended=answer["ended"])
 
@@ -70,7 +68,6 @@ class ClientHost:
         what: str,
         deadline_s: float,
         watch: tuple[Started, ...],
-        say: Callable[[], None] | None = None,
     ) -> None:
         deadline = time.monotonic() + deadline_s
         while not path.exists():
@@ -86,6 +83,4 @@ class ClientHost:
                     phase="load",
                     last_lines=log_end(self._process),
                 )
-            if say is not None:
-                say()
             time.sleep(POLL_S)

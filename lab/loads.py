@@ -61,7 +61,7 @@ def read_load(
     requests = join(client, server) if len(client) else pd.DataFrame(columns=list(COLUMNS))
     if step.hit_rate == 0:  # no cache, or nothing planned to share: nothing is predicted, whatever is alike
         requests["predicted_share"] = requests["lru_share"] = 0.0
-    elif step.concurrency == 1 and step.rate_per_s is None and pool_tokens < step.working_set_tokens:
+    elif step.one_by_one and pool_tokens < step.working_set_tokens:
         requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens))
     deltas = prom.difference(prom.read(files.before), prom.read(files.after))
     numbers = _numbers(step, requests, deltas, pool_tokens=pool_tokens) | {"duration_s": duration_s}

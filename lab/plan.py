@@ -18,7 +18,7 @@ from lab.claims import Claim
 from lab.errors import LabError
 from lab.experiment import Experiment, Source
 from lab.models import Model
-from lab.rundir import SCHEMA, Run
+from lab.rundir import SCHEMA, Run, refuse_newer
 from lab.site import Site
 from lab.stack import Stack
 from lab.workload import Workload
@@ -86,6 +86,11 @@ class LoadStep:
     rate_per_s: float | None
     hit_rate: float
     working_set_tokens: int
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a request is sent only when the one before has ended, so that their order is known."""
+        return self.concurrency == 1 and self.rate_per_s is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,12 +242,8 @@ def from_json(text: str, *, where: str) -> Plan:
     """Read a plan back, every field checked by type."""
     try:
         raw = msgspec.json.decode(text)
-        if isinstance(raw, dict) and isinstance(raw.get("schema"), int) and raw["schema"] > SCHEMA:
-            raise LabError(
-                f"{where} has schema {raw['schema']}, this lab knows up to {SCHEMA}",
-                why="the run was made by a newer lab",
-                fix="update the lab: git pull && pip install -e .",
-            )
+        if isinstance(raw, dict) and isinstance(raw.get("schema"), int):
+            refuse_newer(raw["schema"], where=where)
         return msgspec.convert(raw, Plan)
     except msgspec.MsgspecError as error:
         raise LabError(

@@ -182,13 +182,18 @@ def read_json(path: Path) -> Json:
             why="it was not written by the lab",
             fix="restore the file",
         )
-    if value["schema"] > SCHEMA:
+    refuse_newer(value["schema"], where=_short(path))
+    return value
+
+
+def refuse_newer(schema: int, *, where: str) -> None:
+    """Raise LabError for a schema number above the lab's own."""
+    if schema > SCHEMA:
         raise LabError(
-            f"{_short(path)} has schema {value['schema']}, this lab knows up to {SCHEMA}",
+            f"{where} has schema {schema}, this lab knows up to {SCHEMA}",
             why="the run was made by a newer lab",
             fix="update the lab: git pull && pip install -e .",
         )
-    return value
 
 
 def raw_files(run: Run) -> tuple[Path, ...]:

@@ -132,12 +132,11 @@ def _hit_rate(step: LoadStep, load: dict[str, float]) -> Check:
     """Observed against predicted. One request at a time, the order of cache accesses is known: the prediction is
     what an LRU cache of the pool's size must show. With more in flight, a request cannot find what another one is
     just computing, and what an unbounded cache would show is only an upper bound."""
-    one_by_one = step.concurrency == 1 and step.rate_per_s is None
-    observed, predicted = load["hit_rate"], load["lru_hit_rate" if one_by_one else "predicted_hit_rate"]
+    observed, predicted = load["hit_rate"], load["lru_hit_rate" if step.one_by_one else "predicted_hit_rate"]
     ok = observed <= predicted + HIT_RATE_TOLERANCE
-    if one_by_one:
+    if step.one_by_one:
         ok = ok and observed >= predicted - HIT_RATE_TOLERANCE
-    word = "" if one_by_one else "at most "
+    word = "" if step.one_by_one else "at most "
     return Check(
         name="hit rate fits the workload",
         ok=bool(ok),

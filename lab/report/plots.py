@@ -14,6 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lab.loads import lost
+
 mpl.use("Agg")
 
 INK = "#1f2933"
@@ -121,17 +123,16 @@ def cached_share(requests: pd.DataFrame) -> Figure | None:
     for axis, (load, variant, rows) in zip(axes[:, 0], panels, strict=True):
         colours = [COLOURS[int(g) % len(COLOURS)] for g in rows["group"]]
         axis.bar(rows["order"], rows["cached_share"], color=colours, width=0.8)
-        if rows["predicted_share"].max() > 0:
-            axis.scatter(
-                rows["order"],
-                rows["predicted_share"],
-                marker="_",
-                s=120,
-                color=INK,
-                linewidths=1.2,
-                label="predicted for a cache that never forgets",
-            )
-            axis.legend(loc="upper left", bbox_to_anchor=(0.45, 1.32), fontsize=8)
+        axis.scatter(
+            rows["order"],
+            rows["predicted_share"],
+            marker="_",
+            s=120,
+            color=INK,
+            linewidths=1.2,
+            label="predicted for a cache that never forgets",
+        )
+        axis.legend(loc="upper left", bbox_to_anchor=(0.45, 1.32), fontsize=8)
         axis.set_ylim(0, 1.05)
         axis.set_xlim(-0.8, rows["order"].max() + 0.8)
         axis.set_title(f"{load}, {variant}")
@@ -144,19 +145,17 @@ def cached_share(requests: pd.DataFrame) -> Figure | None:
 
 def eviction(requests: pd.DataFrame) -> Figure | None:
     """For the load and trial with most evictions: each access to a prefix, found or lost."""
-    lost = requests[
-        (requests["group_order"] > 0) & (requests["cached_share"] < 0.5 * requests["predicted_share"])
-    ]
-    if lost.empty:
+    evicted = requests[lost(requests)]
+    if evicted.empty:
         return None
-    counts = lost.groupby(["trial", "load"]).size().reset_index(name="lost").sort_values("lost")
+    counts = evicted.groupby(["trial", "load"]).size().reset_index(name="lost").sort_values("lost")
     trial, load = counts["trial"].iloc[-1], counts["load"].iloc[-1]
     rows = requests[(requests["trial"] == trial) & (requests["load"] == load)]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8.2, 4.4), sharex=True, gridspec_kw={"height_ratios": [2, 1.2]}
     )
     again = rows["group_order"] > 0
-    gone = again & (rows["cached_share"] < 0.5 * rows["predicted_share"])
+    gone = lost(rows)
     for mask, marker, colour, face, label in (
         (~again, "o", INK, "white", "first request: computed"),
         (again & ~gone, "o", COLOURS[0], COLOURS[0], "found in the cache"),
