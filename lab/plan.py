@@ -74,7 +74,8 @@ class LoadStep:
     """One load of a trial: the client's argv, and what the workload predicts.
 
     `hit_rate` is cached over prompt tokens with an unbounded cache (0..1); `working_set_tokens` against the
-    pool tells whether eviction is expected.
+    pool tells whether eviction is expected; `output_tokens` is the length of every answer (None in plans of
+    before it was noted).
     """
 
     name: str
@@ -86,6 +87,7 @@ class LoadStep:
     rate_per_s: float | None
     hit_rate: float
     working_set_tokens: int
+    output_tokens: int | None = None
 
     @property
     def one_by_one(self) -> bool:
@@ -222,6 +224,7 @@ def _step(load: Workload, *, repeat: int, cache_on: bool) -> LoadStep:
         rate_per_s=load.rate_per_s,
         hit_rate=load.hit_rate(cache_on=cache_on),
         working_set_tokens=load.working_set_tokens(),
+        output_tokens=load.output_tokens,
     )
 
 

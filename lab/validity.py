@@ -76,6 +76,8 @@ def load_checks(step: LoadStep, load: dict[str, float], requests: pd.DataFrame) 
             _hit_rate(step, load),
             _client(requests),
         ]
+        if step.output_tokens is not None:
+            checks.append(_full_length(step.output_tokens, requests))
         if step.rate_per_s is not None:
             checks.append(_rate(step, requests))
     return checks
@@ -90,6 +92,15 @@ def _complete(step: LoadStep, requests: pd.DataFrame) -> Check:
         ok=good == step.requests == len(requests),
         detail=detail + (f"; first error: {errors[0][:200]}" if errors else ""),
     )
+
+
+def _full_length(asked: int, requests: pd.DataFrame) -> Check:
+    """SGLang cuts an answer short without an error when prompt and answer do not fit the KV cache."""
+    short = requests.loc[requests["success"] & (requests["completion_tokens"] != asked), "completion_tokens"]
+    detail = f"all answers have the {asked} tokens that were asked for"
+    if len(short):
+        detail = f"{len(short)} of {len(requests)} answers do not have the {asked} tokens asked for, one has {short.iloc[0]:.0f}"
+    return Check(name="answers have their full length", ok=short.empty, detail=detail)
 
 
 def _joined(requests: pd.DataFrame) -> Check:

@@ -21,11 +21,13 @@ class Workload:
     """One client program run against the server.
 
     `concurrency` requests are in flight at once (closed loop); with `rate_per_s` the requests are sent at
-    that mean rate instead (open loop, Poisson). `variants` limits the load to those; empty means all.
+    that mean rate instead (open loop, Poisson). Every request asks for an answer of exactly `output_tokens`.
+    `variants` limits the load to those; empty means all.
     """
 
     name: str
     seed: int
+    output_tokens: int
     role: Role = "measure"
     concurrency: int = 1
     rate_per_s: float | None = None
@@ -100,7 +102,6 @@ class RandomIds(Workload):
 
     prompts: int
     input_tokens: int
-    output_tokens: int
 
     dataset = "random-ids"
 
@@ -134,7 +135,6 @@ class SharedPrefix(Workload):
     prompts_per_group: int
     prefix_tokens: int
     question_tokens: int
-    output_tokens: int
 
     dataset = "generated-shared-prefix"
 
@@ -184,7 +184,6 @@ class Chat(Workload):
     questions: tuple[str, ...]
     system_chars: int
     system_tokens: int
-    output_tokens: int
 
     dataset = "chat"
 

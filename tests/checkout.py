@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
     question="Does a short chat work?",
     mechanism="Questions are asked.",
     sources=(),
-    server=("--max-total-tokens", "4096"{server}),
+    server=("--max-total-tokens", "{pool}"{server}),
     variants=(Variant(name="only", says="one server"),),
     loads=(
         Chat(
@@ -65,10 +65,14 @@ class Checkout:
 
     path: Path
 
-    def tiny(self, name: str, *, server: str = "", questions: int = 2, output: int = 8) -> None:
-        """Add an experiment called `name` with `questions` questions of `output` answer tokens each."""
+    def tiny(
+        self, name: str, *, server: str = "", questions: int = 2, output: int = 8, pool: int = 4096
+    ) -> None:
+        """Add an experiment called `name`: `questions` questions of `output` answer tokens, a KV cache of `pool`."""
         asked = tuple(f"What is number {i}?" for i in range(questions))
-        text = TINY.format(server=server, questions=asked, output=output).replace('"tiny"', f'"{name}"')
+        text = TINY.format(server=server, questions=asked, output=output, pool=pool).replace(
+            '"tiny"', f'"{name}"'
+        )
         (self.path / "lab" / "experiments" / f"{name}.py").write_text(text, encoding="utf-8")
 
     def site(self, **values: float) -> str:
@@ -129,6 +133,16 @@ def processes_of(checkout: Checkout) -> list[psutil.Process]:
 
 def server_processes(checkout: Checkout) -> list[psutil.Process]:
     return [p for p in processes_of(checkout) if "sglang.launch_server" in " ".join(p.cmdline())]
+
+
+def wait_for_server(checkout: Checkout, *, seconds: float = 120) -> psutil.Process:
+    """The checkout's server once it is there. A look at the moment of its exec sees no command, hence one
+    look that both decides and returns."""
+    deadline = time.monotonic() + seconds
+    while not (found := server_processes(checkout)):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for the server"
+        time.sleep(0.1)
+    return found[0]
 
 
 def family(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ from checkout import (
     scratch_folders,
     server_processes,
     shared_memory_files,
+    wait_for_server,
     wait_until,
 )
 from parts import need
@@ -198,11 +199,24 @@ def test_a_client_over_its_deadline_fails_the_trial(checkout: Checkout) -> None:
 
 
 def test_requests_that_fail_make_the_trial_invalid(checkout: Checkout) -> None:
-    checkout.tiny("toolong", output=8000)  # more than the pool of 4096 slots holds
+    checkout.tiny("toolong", output=8000, server=', "--context-length", "1000"')
     code, output = checkout.invoke("exp.toolong")
     assert code == 2, output
-    assert "not used" in output or "failed" in output
+    status = status_of(checkout.newest_run("toolong"))
+    assert (status["status"], status["phase"]) == ("failed", "load chat")
+    assert "context length" in json.dumps(status), status
     verdicts = json.loads((checkout.newest_run("toolong") / "verdicts.json").read_text())["verdicts"]
+    assert [v["outcome"] for v in verdicts] == ["untested"]
+
+
+def test_answers_that_were_cut_short_make_the_trial_invalid(checkout: Checkout) -> None:
+    checkout.tiny(
+        "short", output=8000, pool=1024
+    )  # the server gives what fits into the pool, without an error
+    code, output = checkout.invoke("exp.short")
+    assert code == 2, output
+    assert "not used: 000-only-r0: chat: answers have their full length" in output
+    verdicts = json.loads((checkout.newest_run("short") / "verdicts.json").read_text())["verdicts"]
     assert [v["outcome"] for v in verdicts] == ["untested"]
 
 
@@ -214,8 +228,7 @@ def test_ctrl_c_stops_everything_and_says_how_to_go_on(
     checkout.tiny(name)
     lab = checkout.start(f"exp.{name}")
     try:
-        wait_until(lambda: bool(server_processes(checkout)), seconds=120, what="the server")
-        started = family(server_processes(checkout))
+        started = family([wait_for_server(checkout)])
         lab.send_signal(signum)
         output, _ = lab.communicate(timeout=90)
     finally:
@@ -232,13 +245,14 @@ def test_ctrl_c_stops_everything_and_says_how_to_go_on(
 def test_what_a_killed_lab_left_is_swept_by_the_next_start(checkout: Checkout) -> None:
     checkout.tiny("orphan")
     lab = checkout.start("exp.orphan")
-    wait_until(lambda: bool(server_processes(checkout)), seconds=120, what="the server")
-    server = server_processes(checkout)[0]
-    wait_until(lambda: len(server.children()) >= 2, seconds=120, what="the scheduler")
-    started = family([server])
-    scratch = scratch_folders()
-    lab.kill()
-    lab.wait()
+    try:
+        server = wait_for_server(checkout)
+        wait_until(lambda: len(server.children()) >= 2, seconds=120, what="the scheduler")
+        started = family([server])
+        scratch = scratch_folders()
+    finally:
+        lab.kill()
+        lab.wait()
     code, output = checkout.invoke("clean")
     assert code == 0, output
     assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -29,6 +29,7 @@ STEP = LoadStep(
     rate_per_s=None,
     hit_rate=0.6,
     working_set_tokens=1000,
+    output_tokens=16,
 )
 
 
@@ -40,6 +41,7 @@ def requests(count: int = 4) -> pd.DataFrame:
         {
             "group_order": np.arange(count),
             "prompt_tokens": 100.0,
+            "completion_tokens": 16.0,
             "cached_tokens": cached,
             "cached_share": cached / 100,
             "ttft_ms": 52.0,
@@ -107,6 +109,18 @@ def test_a_load_of_which_nothing_is_known_fails_without_a_warning(recwarn: pytes
     assert not found["client and server agree on the requests"]
     assert not found["client was not the bottleneck"]
     assert not recwarn.list
+
+
+def test_an_answer_cut_short() -> None:
+    rows = requests()
+    rows.loc[2, "completion_tokens"] = 9.0
+    found = check("answers have their full length", rows)
+    assert not found.ok
+    assert found.detail == "1 of 4 answers do not have the 16 tokens asked for, one has 9"
+    rows.loc[2, "success"] = False  # then another check speaks of it
+    assert check("answers have their full length", rows).ok
+    older = replace(STEP, output_tokens=None)
+    assert "answers have their full length" not in {c.name for c in load_checks(older, load(), rows)}
 
 
 # ---- counters, cache state, hit rate
