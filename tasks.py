@@ -17,6 +17,9 @@ RUN_HELP = {
     "stack": "the software that serves, a folder of containers/",
     "model": "what is served",
     "site": "where it runs: a name of lab/sites/ or a TOML file",
+    "runtime": "process or docker (default: docker where an engine answers)",
+    "gpus": "indices or UUIDs of the servers' GPUs, such as 0,1 (default: the site's)",
+    "hardware": "with --dry-run: plan for the machine in this file (invoke topo --json writes it)",
     "dry-run": "print the commands and start nothing",
     "explain": "say what the experiment asks, does and expects, and start nothing",
     "resume": "go on with the newest run of this experiment, or with the one named",
@@ -55,24 +58,28 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
         stack: str = "cpu",
         model: str = "nano",
         site: str = "local",
+        runtime: str = "",
+        gpus: str = "",
+        hardware: str = "",
         dry_run: bool = False,
         explain: bool = False,
         resume: str = "",
         strict: bool = False,
     ) -> None:
         def body() -> int:
-            from lab import app
+            from lab import app, conduct
 
-            return app.run_experiment(
-                name,
-                repeats=app.whole_number("--repeats", repeats),
+            asked = conduct.Asked(
                 stack=stack,
                 model=model,
                 site=site,
-                dry_run=dry_run,
-                explain=explain,
-                resume=resume,
-                strict=strict,
+                runtime=runtime,
+                gpus=gpus,
+                hardware=hardware,
+                repeats=app.whole_number("--repeats", repeats),
+            )
+            return conduct.run_experiment(
+                name, asked, dry_run=dry_run, explain=explain, resume=resume, strict=strict
             )
 
         checked(body)

@@ -1,14 +1,16 @@
-"""A plan as a shell script: `bash commands.sh` repeats the run with bash, curl and the stack, without the lab.
+"""A plan as a shell script: `bash commands.sh` repeats the run with bash, curl and the stack (or, where it ran in
+containers, Docker: see `dockerscript`), without the lab.
 
 The script does what `execute` does, in the same order and with the same arguments; a golden test holds both
 together. Its results go to a folder of their own and never into the run."""
 
 from __future__ import annotations
 
-import re
 import shlex
 
-from lab.plan import PLACEHOLDER, LoadStep, Plan, Process, Trial
+from lab import dockerscript
+from lab.plan import PLACEHOLDERS, LoadStep, Plan, Process, Trial
+from lab.shell import by_flag, wrapped
 
 HEAD = """\
 #!/usr/bin/env bash
@@ -57,6 +59,8 @@ end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.
 
 def script(plan: Plan) -> str:
     """The whole script."""
+    if plan.containers is not None:
+        return dockerscript.script(plan, plan.containers)
     places = "\n".join(f"{name}=${{{name}:-{shlex.quote(path)}}}" for name, path in plan.places.items())
     head = HEAD.format(
         experiment=plan.experiment,
@@ -64,7 +68,7 @@ def script(plan: Plan) -> str:
         model=plan.model,
         places=places,
         port=plan.port or 31999,
-        ready_s=int(plan.ready_s),
+        ready_s=max(1, int(plan.ready_s)),
         stop_polls=max(1, int(plan.stop_s * 5)),
     )
     return head + "".join(_trial(plan, trial) for trial in plan.trials) + '\necho "results are in $OUT"\n'
@@ -100,21 +104,6 @@ def _client(trial: Trial, step: LoadStep) -> str:
 def command(process: Process) -> str:
     """A process as one shell command with its whole environment, wrapped at the flags."""
     pin = ("taskset", "-c", ",".join(map(str, process.cpus))) if process.cpus else ()
-    words = ["env", "-i", *(f"{key}={value}" for key, value in process.env), *pin, *process.argv]
-    lines = [_quote(words[0])]
-    for word in words[1:]:
-        if word.startswith("--") or word == "${STACK}/bin/python" or word in ("taskset",):
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + _quote(word)
-    return " \\\n  ".join(lines)
-
-
-def _quote(word: str) -> str:
-    """Quote for bash, leaving the plan's `${NAME}` to be expanded."""
-    parts = PLACEHOLDER.split(word)  # text, name, text, name, ..., text
-    if len(parts) == 1:
-        return shlex.quote(word)
-    quoted = (
-        f"${{{part}}}" if i % 2 else re.sub(r'([\\"`$])', r"\\\1", part) for i, part in enumerate(parts)
-    )
-    return f'"{"".join(quoted)}"'
+    bind = ("numactl", f"--membind={','.join(map(str, process.mems))}") if process.mems else ()
+    words = ["env", "-i", *(f"{key}={value}" for key, value in process.env), *bind, *pin, *process.argv]
+    return wrapped(by_flag(words, also=("${STACK}/bin/python", "taskset", "numactl")), names=PLACEHOLDERS)

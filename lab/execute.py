@@ -19,11 +19,7 @@ from lab.plan import LoadStep, Plan, Process, Trial, fill
 from lab.progress import Progress
 from lab.read import prom
 from lab.rundir import LoadFiles, Run, TrialFiles, read_json, seal, write_json, write_text
-from lab.runtime.base import Command, ProcessFault, StartFailed, Stopped, Waiting
-from lab.runtime.ledger import Ledger
-from lab.runtime.ports import free_port, require_port
-from lab.runtime.process import ProcessRuntime
-from lab.runtime.started import Started, log_end
+from lab.runtime.base import Command, ProcessFault, Program, Runtime, StartFailed, Stopped, Waiting
 from lab.server import Server, ServerError
 
 # Two servers in a row that do not start will not be followed by one that does: the run stops there.
@@ -51,14 +47,28 @@ class Progressing:
 
     phase: str = "start"
     port: int = 0
+    listens: int = 0
     ready_s: float | None = None
-    processes: list[Started] = field(default_factory=list)
+    processes: list[Program] = field(default_factory=list)
 
 
-def execute(plan: Plan, run: Run, *, ledger: Ledger, progress: Progress) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A trial's folders on this machine, and the placeholders' values as its programs see them."""
+
+    values: dict[str, str]
+    trial: Path
+    scratch: Path
+
+    def inside(self, path: Path) -> str:
+        """A path below the trial's folder as the trial's programs see it."""
+        return f"{self.values['TRIAL']}/{path.relative_to(self.trial).as_posix()}"
+
+
+def execute(plan: Plan, run: Run, *, runtime: Runtime, progress: Progress) -> Outcome:
     """Run every trial of the plan that is not ok yet, then seal the raw part. Safe to call again to resume."""
     ok = failed = in_a_row = 0
-    with ProcessRuntime(ledger=ledger, run_id=run.path.name) as runtime:
+    with runtime:
         try:
             for trial in plan.trials:
                 files = run.trial(trial.name)
@@ -90,7 +100,7 @@ def run_trial(
     trial: Trial,
     files: TrialFiles,
     *,
-    runtime: ProcessRuntime,
+    runtime: Runtime,
     progress: Progress,
     title: str,
 ) -> Exception | None:
@@ -125,6 +135,7 @@ def run_trial(
                 "started": began,
                 "ended": _now(),
                 "port": at.port,
+                "listens": at.listens,
                 "ready_s": at.ready_s,
                 "stopped": [
                     {"name": s.name, "how": s.how, "seconds": round(s.seconds, 2), "exit_code": s.exit_code}
@@ -141,27 +152,21 @@ def _serve(
     files: TrialFiles,
     *,
     folder: Path,
-    runtime: ProcessRuntime,
+    runtime: Runtime,
     progress: Progress,
     title: str,
     at: Progressing,
 ) -> None:
-    at.port = _port(plan)
-    values = {
-        **plan.places,
-        "TRIAL": str(files.path),
-        "SCRATCH": str(folder),
-        "PORT": str(at.port),
-        "LOAD": "",
-    }
-    server = runtime.start(_command("server", trial.server, values, log=files.server_log, cwd=folder))
+    values = {**plan.places, **runtime.values(trial=files.path, scratch=folder, port=plan.port), "LOAD": ""}
+    at.listens = int(values["PORT"])
+    place = _Place(values=values, trial=files.path, scratch=folder)
+    server = runtime.start(_command("server", trial.server, place, log=files.server_log, listens=True))
     at.processes.append(server)
     host_argv = ("${LAB}/load/host.py", "${SCRATCH}/mailbox", *plan.preload)
-    client = runtime.start(
-        _command("client", trial.client, values, log=files.client_log, cwd=folder, more=host_argv)
-    )
+    client = runtime.start(_command("client", trial.client, place, log=files.client_log, more=host_argv))
     at.processes.append(client)
     host = ClientHost(client, mailbox=folder / "mailbox")
+    at.port = runtime.port_of(server)
 
     def starting(waiting: Waiting) -> None:
         progress.live(f"{title}: starting the server | {waiting.last_line}")
@@ -175,7 +180,7 @@ def _serve(
         for step in trial.loads:
             at.phase = f"load {step.name}"
             progress.live(f"{title}: {at.phase}, {step.requests} requests")
-            _load(plan, step, files.load(step.name), api=api, host=host, server=server, values=values)
+            _load(plan, step, files.load(step.name), api=api, host=host, server=server, place=place)
         at.phase = "stop"
     finally:
         api.close()
@@ -188,16 +193,16 @@ def _load(
     *,
     api: Server,
     host: ClientHost,
-    server: Started,
-    values: dict[str, str],
+    server: Program,
+    place: _Place,
 ) -> None:
     """Flush, read the metrics, run the client, read the metrics again."""
     files.path.mkdir(parents=True)
     api.flush()
     before = api.metrics()
     write_text(files.before, before)
-    argv = tuple(fill(word, {**values, "LOAD": str(files.path)}) for word in step.argv)
-    done = host.run(argv, log=files.log, deadline_s=plan.load_s, watch=(server,))
+    argv = tuple(fill(word, {**place.values, "LOAD": place.inside(files.path)}) for word in step.argv)
+    done = host.run(argv, log=place.inside(files.log), deadline_s=plan.load_s, watch=(server,))
     write_text(files.after, _settled_metrics(api, before=before, requests=step.requests))
     write_json(files.status, {"exit": done.exit, "started": done.started, "ended": done.ended})
     if done.exit != 0:
@@ -220,23 +225,26 @@ def _settled_metrics(api: Server, *, before: str, requests: int) -> str:
 
 
 def _command(
-    name: str, process: Process, values: dict[str, str], *, log: Path, cwd: Path, more: tuple[str, ...] = ()
+    name: str,
+    process: Process,
+    place: _Place,
+    *,
+    log: Path,
+    more: tuple[str, ...] = (),
+    listens: bool = False,
 ) -> Command:
     return Command(
         name=name,
-        argv=tuple(fill(word, values) for word in (*process.argv, *more)),
-        env=tuple((key, fill(value, values)) for key, value in process.env),
-        cwd=cwd,
+        argv=tuple(fill(word, place.values) for word in (*process.argv, *more)),
+        env=tuple((key, fill(value, place.values)) for key, value in process.env),
+        cwd=place.scratch,
         log=log,
         cpus=process.cpus,
+        mems=process.mems,
+        gpus=process.gpus,
+        port=int(place.values["PORT"]) if listens else 0,
+        profiler=process.profiler,
     )
-
-
-def _port(plan: Plan) -> int:
-    if plan.port == 0:
-        return free_port()
-    require_port(plan.port)
-    return plan.port
 
 
 def _status(files: TrialFiles) -> str:
@@ -270,7 +278,7 @@ def _last_lines(fault: BaseException, at: Progressing) -> tuple[str, ...]:
         return fault.last_lines
     if isinstance(fault, ClientError):
         return tuple(str(fault).splitlines()[1:])
-    return log_end(at.processes[0]) if at.processes else ()
+    return at.processes[0].log_end() if at.processes else ()
 
 
 def _now() -> str:

@@ -16,6 +16,7 @@ from typing import get_args
 
 from lab.claims import Capability, Claim, Op, Reduce, Rows, Table
 from lab.errors import LabError, unknown_name
+from lab.hardware.fabric import LinkWish
 from lab.workload import Workload
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
@@ -23,11 +24,16 @@ NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What differs between two servers: arguments added to those every server of the experiment gets."""
+    """What differs between two servers: arguments added to those every server of the experiment gets.
+
+    With GPUs, `link` is the slowest way between any two of a server's, and `same_numa` asks for one NUMA node.
+    """
 
     name: str
     says: str
     args: tuple[str, ...] = ()
+    link: LinkWish = "any"
+    same_numa: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

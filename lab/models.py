@@ -81,6 +81,11 @@ CATALOGUE: Mapping[str, Model] = {
 }
 
 
+# Runs a script of the lab with the stack's interpreter: in go its path and arguments, out come the exit code and
+# what it wrote to standard error.
+Builder = Callable[[tuple[str, ...]], tuple[int, str]]
+
+
 def get_model(name: str) -> Model:
     """The model of that name; `LabError` with the valid names otherwise."""
     if name not in CATALOGUE:
@@ -97,12 +102,13 @@ def kv_bytes_per_token(model: Model) -> int:
     return 2 * model.layers * model.kv_heads * model.head_dim * _BYTES[model.dtype]
 
 
-def ensure_model(model: Model, *, cache: Path, python: Path, say: Callable[[str], None]) -> Path:
+def ensure_model(model: Model, *, cache: Path, builder: Builder, say: Callable[[str], None]) -> Path:
     """The folder with the model's files, complete and checked.
 
     A built model goes to `cache`/models/<name>-<first 12 digits of its sum>. It is made beside that place by
-    `python`, the stack's interpreter, and moved into it when it is right, under a lock: an interrupted build
-    is never taken for a finished one, and two builds at once end with one result. `say` gets a line before
+    `builder` (the stack's interpreter: `with_python`, or a container), and moved into it when it is right, under
+    a lock: an interrupted build is never taken for a finished one, and two builds at once end with one result.
+    `say` gets a line before
     anything that takes time. `LabError` when the folder is damaged or cannot be written, or when the build
     gives other bytes than the catalogue expects.
     """
@@ -115,7 +121,7 @@ def ensure_model(model: Model, *, cache: Path, python: Path, say: Callable[[str]
             models.mkdir(parents=True, exist_ok=True)
             with FileLock(models / f".{folder.name}.lock"):
                 if not folder.exists():  # somebody else may have built it while we waited
-                    _build(model, folder=folder, python=python, say=say)
+                    _build(model, folder=folder, builder=builder, say=say)
     except OSError as error:
         raise LabError(
             f"the model {model.name!r} cannot be written to {models}",
@@ -150,35 +156,46 @@ def find_damage(model: Model, *, folder: Path) -> str:
     return f"{strange[0]} does not belong there" if strange else ""
 
 
-def _build(model: Model, *, folder: Path, python: Path, say: Callable[[str], None]) -> None:
+def with_python(python: Path) -> Builder:
+    """A builder that runs the stack's interpreter; the first argument of what it makes is a script."""
+
+    def build(argv: tuple[str, ...]) -> tuple[int, str]:
+        command = (str(python), "-I", *argv)
+        try:
+            done = subprocess.run(  # noqa: S603  our own script, no shell
+                command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LabError(
+                f"building a model took more than {BUILD_LIMIT_S:.0f} s",
+                why="it takes a few seconds on an idle machine",
+                fix="look for other load on this machine and start again",
+            ) from error
+        except OSError as error:
+            raise LabError(
+                f"no model can be built: {python} does not start",
+                why=str(error),
+                fix="that is the stack's interpreter; delete the stack's folder, the next run makes it again",
+            ) from error
+        return done.returncode, done.stderr
+
+    return build
+
+
+def _build(model: Model, *, folder: Path, builder: Builder, say: Callable[[str], None]) -> None:
     """Make the model aside, check it, and move it to `folder`; the caller holds the lock."""
     aside = folder.with_name(f".{folder.name}.building")
     if aside.exists():  # left by a build that was interrupted
         shutil.rmtree(aside)
     say(f"building the model {model.name!r} (a few seconds)")
-    command = [str(python), "-I", str(BUILDER), str(aside)]
-    try:
-        done = subprocess.run(  # noqa: S603  our own script, no shell
-            command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
+    argv = (str(BUILDER), str(aside))
+    code, said = builder(argv)
+    if code != 0:
+        last = (said.strip().splitlines() or ["no message"])[-1]
         raise LabError(
-            f"building the model {model.name!r} took more than {BUILD_LIMIT_S:.0f} s",
-            why="it takes a few seconds on an idle machine",
-            fix="look for other load on this machine and start again",
-        ) from error
-    except OSError as error:
-        raise LabError(
-            f"the model {model.name!r} cannot be built: {python} does not start",
-            why=str(error),
-            fix="that is the stack's interpreter; delete the stack's folder, the next run makes it again",
-        ) from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LabError(
-            f"building the model {model.name!r} failed with exit status {done.returncode}",
+            f"building the model {model.name!r} failed with exit status {code}",
             why=last,
-            fix=f"run it by hand to see all of it: {' '.join(command)}",
+            fix=f"run it by hand with the stack's Python to see all of it: {' '.join(argv)}",
         )
     damage = find_damage(model, folder=aside)
     if damage:

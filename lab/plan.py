@@ -10,63 +10,50 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from lab.claims import Claim
+from lab.container import Setup
 from lab.errors import LabError
 from lab.experiment import Experiment, Source
 from lab.models import Model
 from lab.rundir import SCHEMA, Run, refuse_newer
+from lab.seats import Seat
 from lab.site import Site
 from lab.stack import Stack
+from lab.told import CLIENT_PRELOAD, COMMON_ENV, SERVER_ENV, gpu_env
 from lab.workload import Workload
 
-PLACEHOLDER = re.compile(r"\$\{([A-Z]+)\}")
 PLACEHOLDERS = {
     "STACK": "folder of the built software stack",
     "MODEL": "folder of the model",
     "LAB": "the lab's Python package, for its client programs and texts",
+    "JIT": "a folder that keeps what kernels were compiled at run time",
     "TRIAL": "the trial's folder",
     "LOAD": "the load's folder",
     "SCRATCH": "a short-lived folder of the trial: HOME and TMPDIR of its processes",
     "PORT": "the server's port on loopback",
 }
-
-# What every server of the lab is told beside the stack's and the experiment's own arguments, and why:
-# metrics and the export file are where the numbers come from, the seed makes the server's sampling
-# repeatable, and a decode line every 10 steps (the default is 40) shows short loads too.
-SERVER_ARGS = (
-    *("--enable-metrics", "--enable-cache-report"),
-    *("--export-metrics-to-file", "--export-metrics-to-file-dir", "${TRIAL}/export"),
-    *("--decode-log-interval", "10", "--random-seed", "1"),
-)
-
-# The health endpoint would otherwise generate a token on every call, which puts a request of ours
-# into the cache and the counters; log lines get milliseconds.
-SERVER_ENV = (("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false"), ("SGLANG_LOG_MS", "1"))
-
-COMMON_ENV = (
-    ("HOME", "${SCRATCH}/home"),
-    ("TMPDIR", "${SCRATCH}/tmp"),
-    ("PATH", "${STACK}/bin:/usr/bin:/bin"),
-    ("LANG", "C.UTF-8"),
-    ("TZ", "UTC"),
-    ("PYTHONUNBUFFERED", "1"),
-)
-
-# Modules the client imports while the server starts, so that their import is never part of a load.
-CLIENT_PRELOAD = ("sglang", "sglang.benchmark.serving", "sglang.lang.backend.runtime_endpoint")
+PLACEHOLDER = re.compile(r"\$\{(" + "|".join(PLACEHOLDERS) + r")\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process to start: placeholders in `argv` and `env` are filled in when the trial runs."""
+    """A process to start: placeholders in `argv` and `env` are filled in when the trial runs.
+
+    `cpus` are CPU numbers and `mems` NUMA nodes, empty for all; `gpus` are UUIDs in the order of ranks;
+    `profiler` names what watches the process, if anything does.
+    """
 
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     cpus: tuple[int, ...]
+    mems: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+    profiler: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +84,7 @@ class LoadStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One variant, one repeat, one fresh server."""
+    """One variant, one repeat, one fresh server; `placed` says why it sits where it does."""
 
     index: int
     name: str
@@ -106,6 +93,7 @@ class Trial:
     server: Process
     client: Process
     loads: tuple[LoadStep, ...]
+    placed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +122,7 @@ class Plan:
     preload: tuple[str, ...]
     trials: tuple[Trial, ...]
     claims: tuple[Claim, ...]
+    containers: Setup | None = None
 
 
 def make_plan(
@@ -144,10 +133,16 @@ def make_plan(
     model_sha256: str,
     site: Site,
     places: dict[str, str],
+    containers: Setup | None = None,
+    seats: Mapping[str, Seat] | None = None,
     repeats: int | None = None,
     seed: int = 1,
 ) -> Plan:
-    """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`."""
+    """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`.
+
+    `containers` is what the containers share where the site's runtime is docker; `seats` says where each variant
+    sits, without it nothing is bound but the site's CPUs.
+    """
     experiment = source.experiment
     count = experiment.repeats if repeats is None else repeats
     if not 1 <= count <= 100:
@@ -177,24 +172,34 @@ def make_plan(
         stop_s=site.stop_s,
         places=places,
         preload=CLIENT_PRELOAD,
-        trials=_trials(experiment, stack=stack, site=site, repeats=count, seed=seed),
+        trials=_trials(experiment, stack=stack, site=site, seats=seats, repeats=count, seed=seed),
         claims=experiment.claims,
+        containers=containers,
     )
 
 
 def _trials(
-    experiment: Experiment, *, stack: Stack, site: Site, repeats: int, seed: int
+    experiment: Experiment,
+    *,
+    stack: Stack,
+    site: Site,
+    seats: Mapping[str, Seat] | None,
+    repeats: int,
+    seed: int,
 ) -> tuple[Trial, ...]:
     draw = random.Random(seed)  # noqa: S311  an order of trials, not a secret
     trials: list[Trial] = []
+    # In a container the loopback is the container's own, and the engine leads the host's loopback to its port.
+    listen = "0.0.0.0" if site.runtime == "docker" else "127.0.0.1"  # noqa: S104
     for repeat in range(repeats):
         for variant in draw.sample(experiment.variants, k=len(experiment.variants)):
             argv = (
                 *("${STACK}/bin/python", "-m", "sglang.launch_server", "--model-path", "${MODEL}"),
-                *("--host", "127.0.0.1", "--port", "${PORT}"),
-                *(*stack.server_args, *SERVER_ARGS, *experiment.server, *variant.args),
+                *("--host", listen, "--port", "${PORT}"),
+                *(*stack.server_args, *stack.observe_args, *experiment.server, *variant.args),
             )
             env = (*COMMON_ENV, *stack.env)
+            seat = seats[variant.name] if seats is not None else _unseated(site)
             cache_on = "--disable-radix-cache" not in argv
             trials.append(
                 Trial(
@@ -202,8 +207,20 @@ def _trials(
                     name=f"{len(trials):03d}-{variant.name}-r{repeat}",
                     variant=variant.name,
                     repeat=repeat,
-                    server=Process(argv=argv, env=(*env, *SERVER_ENV), cpus=site.server_cpus),
-                    client=Process(argv=("${STACK}/bin/python",), env=env, cpus=site.client_cpus),
+                    server=Process(
+                        argv=argv,
+                        env=(*env, *SERVER_ENV, *gpu_env(seat.gpus)),
+                        cpus=seat.server_cpus,
+                        mems=seat.server_mems,
+                        gpus=seat.gpus,
+                    ),
+                    client=Process(
+                        argv=("${STACK}/bin/python",),
+                        env=(*env, *gpu_env(())),
+                        cpus=seat.client_cpus,
+                        mems=seat.client_mems,
+                    ),
+                    placed=seat.reason,
                     loads=tuple(
                         _step(load, repeat=repeat, cache_on=cache_on)
                         for load in experiment.loads_of(variant.name)
@@ -211,6 +228,10 @@ def _trials(
                 )
             )
     return tuple(trials)
+
+
+def _unseated(site: Site) -> Seat:
+    return Seat(server_cpus=site.server_cpus, client_cpus=site.client_cpus)
 
 
 def _step(load: Workload, *, repeat: int, cache_on: bool) -> LoadStep:
@@ -231,7 +252,7 @@ def _step(load: Workload, *, repeat: int, cache_on: bool) -> LoadStep:
 def fill(text: str, values: dict[str, str]) -> str:
     """Replace the placeholders in `text`; one without a value is our bug and raises KeyError.
 
-    Only `${NAME}` is one: any other dollar sign, such as in a question of the chat load, stays as it is.
+    Any other dollar sign or name in braces, such as in a question of the chat load, stays as it is.
     """
     return PLACEHOLDER.sub(lambda found: values[found[1]], text)
 

@@ -41,6 +41,10 @@ class Run:
         return self.path / "environment.json"
 
     @property
+    def hardware(self) -> Path:
+        return self.path / "hardware.json"
+
+    @property
     def readme(self) -> Path:
         return self.path / "README.md"
 

@@ -14,7 +14,7 @@ from typing import get_args
 from lab.claims import Capability
 from lab.errors import LabError, unknown_name
 
-RUNTIMES = ("process",)
+RUNTIMES = ("process", "docker")
 SCHEDULERS = ("here",)
 CAPABILITIES: tuple[str, ...] = get_args(Capability)
 
@@ -23,15 +23,23 @@ CAPABILITIES: tuple[str, ...] = get_args(Capability)
 class Site:
     """A place to run. CPU tuples are empty where nothing is pinned; deadlines are in seconds.
 
-    `port` 0 means a free one, chosen when a trial starts. `reasons` says why each detected value was taken.
+    `runtime` is empty where the machine decides (`lab.prepare`). `gpus` are indices or UUIDs, in the order of
+    ranks; `server_mems` and `client_mems` NUMA nodes. `shm_gb` and `memory_gb` (the server's limit, None for
+    none) are for containers. `port` 0 means a free one, chosen when a trial starts. `reasons` says why each
+    detected value was taken.
     """
 
     name: str
-    runtime: str = "process"
+    runtime: str = ""
     scheduler: str = "here"
     capabilities: tuple[str, ...] = ()
     server_cpus: tuple[int, ...] = ()
     client_cpus: tuple[int, ...] = ()
+    server_mems: tuple[int, ...] = ()
+    client_mems: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+    shm_gb: float = 4.0
+    memory_gb: float | None = None
     port: int = 0
     ready_s: float = 300.0
     load_s: float = 900.0
@@ -65,11 +73,8 @@ def usable_cpus() -> tuple[int, ...]:
 
 
 def detect(site: Site, *, cpus: tuple[int, ...]) -> Site:
-    """Complete `site` with what `cpus`, the CPUs this process may use, allow.
-
-    The client gets a CPU of its own from four CPUs on. Below that pinning would starve the server, which
-    runs three busy processes, so nothing is pinned and the report says so.
-    """
+    """Check the CPUs that `site` names against `cpus`, those this process may use. Where it names none, the
+    machine's layout decides (`lab.seats`)."""
     asked = set(site.server_cpus) | set(site.client_cpus)
     if not asked <= set(cpus):
         raise LabError(
@@ -77,17 +82,14 @@ def detect(site: Site, *, cpus: tuple[int, ...]) -> Site:
             why=f"this process may use only {list(cpus)}",
             fix="correct server_cpus and client_cpus in the site's file",
         )
-    if asked:
-        return replace(site, reasons=(*site.reasons, "CPUs as the site's file says"))
-    if len(cpus) < 4:
-        why = f"nothing pinned: {len(cpus)} CPUs are too few to give the client one of its own"
-        return replace(site, reasons=(*site.reasons, why))
-    return replace(
-        site,
-        server_cpus=cpus[:-1],
-        client_cpus=cpus[-1:],
-        reasons=(*site.reasons, f"client on CPU {cpus[-1]}, server on the other {len(cpus) - 1}"),
-    )
+    shared = set(site.server_cpus) & set(site.client_cpus)
+    if shared:
+        raise LabError(
+            f"site {site.name!r} gives CPUs {sorted(shared)} to both server and client",
+            why="a client that takes the server's CPU measures itself",
+            fix="correct server_cpus and client_cpus in the site's file",
+        )
+    return replace(site, reasons=(*site.reasons, "CPUs as the site's file says")) if asked else site
 
 
 def _from_table(table: dict[str, object], *, where: str) -> Site:
@@ -102,7 +104,7 @@ def _from_table(table: dict[str, object], *, where: str) -> Site:
         values[key] = _value(key, value, where=where)
     site = Site(**values)  # type: ignore[arg-type]  # every key and type was checked just above
     for kind, name, names in (
-        ("runtime", site.runtime, RUNTIMES),
+        *((("runtime", site.runtime, RUNTIMES),) if site.runtime else ()),
         ("scheduler", site.scheduler, SCHEDULERS),
         *(("capability", name, CAPABILITIES) for name in site.capabilities),
     ):
@@ -117,19 +119,27 @@ def _value(key: str, value: object, *, where: str) -> object:
         "capabilities": "a list of names",
         "server_cpus": "a list of CPU numbers",
         "client_cpus": "a list of CPU numbers",
+        "server_mems": "a list of NUMA nodes",
+        "client_mems": "a list of NUMA nodes",
+        "gpus": "a list of GPU indices or UUIDs",
+        "shm_gb": "a size in GB",
+        "memory_gb": "a size in GB",
         "port": "a port number, 0 for a free one",
         "ready_s": "seconds",
         "load_s": "seconds",
         "stop_s": "seconds",
     }.get(key, "a name")
     good: bool
-    if key in ("server_cpus", "client_cpus"):
+    if key == "gpus":
+        good = isinstance(value, list) and all(type(v) in (int, str) for v in value)
+        value = [str(v) for v in value] if isinstance(value, list) and good else value
+    elif key in ("server_cpus", "client_cpus", "server_mems", "client_mems"):
         good = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
     elif key == "capabilities":
         good = isinstance(value, list) and all(isinstance(v, str) for v in value)
     elif key == "port":
         good = type(value) is int and 0 <= value <= 65535
-    elif wants == "seconds":
+    elif wants in ("seconds", "a size in GB"):
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 86_400
     else:
         good = isinstance(value, str) and bool(value)

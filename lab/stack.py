@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from lab.errors import LabError, unknown_name
+from lab.stackfile import StackFile
 
-SCHEMA = 1
 BUILD_RECIPE = (
     1  # part of the lock hash: raise it when stacks.build makes something different from the same files
 )
@@ -30,6 +30,30 @@ class Needs:
     system: str
     machine: str
     glibc: str
+    driver: str = ""  # the oldest NVIDIA driver that will do; "" where none is needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """How the stack's image is made, and the versions that the finished image must have ("" for none)."""
+
+    base: str = ""
+    digest: str = ""  # "sha256:..." of the base image; "" where it is not pinned
+    python: str = ""  # the release that uv gets where the base has no finished one
+    date: str = "1980-01-01"  # the day that everything the build writes is dated with
+    packages: tuple[str, ...] = ()  # NAME=VERSION of the base's distribution
+    wheelhouse: tuple[str, ...] = ()  # packages fetched by the pip of this machine, not inside the build
+    source: tuple[str, ...] = ()  # packages published as source only, built in the image
+    torch_cuda: str = ""
+    cuda_toolkit: str = ""
+    nsys: str = ""
+    ncu: str = ""
+    build_gb: float = 0.0  # disk that a build needs, in GB (10^9 bytes)
+
+    @property
+    def pinned_base(self) -> str:
+        """The base image with its digest."""
+        return f"{self.base}@{self.digest}" if self.digest else self.base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +73,9 @@ class Stack:
     server_args: tuple[str, ...]
     imports: tuple[str, ...]
     lock_hash: str
+    observe_args: tuple[str, ...] = ()  # what makes this release tell what it does
+    command: tuple[str, ...] = ()  # a module with arguments that must run where there is no GPU
+    image: Image = Image()
 
     @property
     def lock(self) -> Path:
@@ -71,35 +98,6 @@ class Stack:
         return self.folder / "shims"
 
 
-# table -> key -> type; "" is the top level of stack.toml
-_KEYS: Mapping[str, Mapping[str, type]] = {
-    "": {
-        "schema": int,
-        "name": str,
-        "description": str,
-        "sglang": str,
-        "torch": str,
-        "python": str,
-        "device": str,
-        "dialect": str,
-        "needs": dict,
-        "env": dict,
-        "server": dict,
-        "verify": dict,
-    },
-    "needs": {"memory_gb": float, "disk_gb": float, "system": str, "machine": str, "glibc": str},
-    "server": {"args": list},
-    "verify": {"imports": list},
-}
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    dict: "a table",
-    list: "a list of strings",
-}
-
-
 def list_stacks(root: Path) -> tuple[str, ...]:
     """Names of the stacks under `root`/containers, sorted."""
     return tuple(sorted(file.parent.name for file in (root / "containers").glob("*/stack.toml")))
@@ -110,39 +108,65 @@ def load_stack(name: str, *, root: Path) -> Stack:
     if name not in list_stacks(root):
         raise unknown_name("stack", name, list_stacks(root))
     folder = root / "containers" / name
-    file = folder / "stack.toml"
-    data = _read_toml(file)
-    _check_keys(data, table="", file=file)
-    if data["schema"] != SCHEMA:
+    file = StackFile(folder / "stack.toml")
+    if file.text("", "name") != name:
         raise LabError(
-            f"{file} has schema {data['schema']}, this lab reads schema {SCHEMA}",
-            fix="use the version of the lab that the stack was written for",
+            f"{file.file} says name = {file.text('', 'name')!r}, its folder is {name!r}",
+            fix="give both the same name",
         )
-    if data["name"] != name:
-        raise LabError(
-            f"{file} says name = {data['name']!r}, its folder is {name!r}", fix="give both the same name"
-        )
-    needs = _table(data, "needs", file=file)
     return Stack(
         name=name,
         folder=folder,
-        description=str(data["description"]),
-        sglang=str(data["sglang"]),
-        torch=str(data["torch"]),
-        python=str(data["python"]),
-        device=str(data["device"]),
-        dialect=str(data["dialect"]),
-        needs=Needs(
-            memory_gb=_size(needs, "memory_gb", file=file),
-            disk_gb=_size(needs, "disk_gb", file=file),
-            system=str(needs["system"]),
-            machine=str(needs["machine"]),
-            glibc=str(needs["glibc"]),
-        ),
-        env=_env(data["env"], file=file),
-        server_args=_strings(_table(data, "server", file=file), "args", file=file),
-        imports=_strings(_table(data, "verify", file=file), "imports", file=file),
-        lock_hash=_lock_hash(folder, python=str(data["python"])),
+        description=file.text("", "description"),
+        sglang=file.text("", "sglang"),
+        torch=file.text("", "torch"),
+        python=file.text("", "python"),
+        device=file.text("", "device"),
+        dialect=file.text("", "dialect"),
+        needs=_needs(file),
+        image=_image(file),
+        env=file.pairs("env"),
+        server_args=file.strings("server", "args"),
+        observe_args=file.strings("server", "observe"),
+        imports=file.strings("verify", "imports"),
+        command=file.strings("verify", "command"),
+        lock_hash=_lock_hash(folder, python=file.text("", "python")),
+    )
+
+
+def _needs(file: StackFile) -> Needs:
+    return Needs(
+        memory_gb=file.size_gb("needs", "memory_gb"),
+        disk_gb=file.size_gb("needs", "disk_gb"),
+        system=file.text("needs", "system"),
+        machine=file.text("needs", "machine"),
+        glibc=file.text("needs", "glibc"),
+        driver=file.text("needs", "driver"),
+    )
+
+
+def _image(file: StackFile) -> Image:
+    day = file.text("image", "date")
+    try:
+        date.fromisoformat(day)
+    except ValueError:
+        raise LabError(
+            f"date in [image] of {file.file} must be a day like 2026-11-20, it is {day!r}",
+            fix="correct the value",
+        ) from None
+    return Image(
+        base=file.text("image", "base"),
+        digest=file.text("image", "digest"),
+        python=file.text("image", "python"),
+        date=day,
+        packages=file.strings("image", "packages"),
+        wheelhouse=file.strings("image", "wheelhouse"),
+        source=file.strings("image", "source"),
+        torch_cuda=file.text("image", "torch_cuda"),
+        cuda_toolkit=file.text("image", "cuda_toolkit"),
+        nsys=file.text("image", "nsys"),
+        ncu=file.text("image", "ncu"),
+        build_gb=file.size_gb("image", "build_gb"),
     )
 
 
@@ -209,76 +233,25 @@ def check_resources(
         )
 
 
-def _read_toml(file: Path) -> dict[str, object]:
-    try:
-        return dict(tomllib.loads(file.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LabError(f"{file} is not valid TOML", why=str(error), fix="correct the file") from None
-    except OSError as error:
-        raise LabError(f"cannot read {file}", why=str(error), fix="make the file readable") from None
-
-
-def _check_keys(data: Mapping[str, object], *, table: str, file: Path) -> None:
-    """Every key of the table there, none besides, each of its type."""
-    expected = _KEYS[table]
-    where = f"[{table}] of {file}" if table else str(file)
-    valid = f"the keys are: {', '.join(expected)}"
-    for key in data:
-        if key not in expected:
-            raise LabError(f"unknown key {key!r} in {where}", why=valid, fix="correct or remove the key")
-    for key, kind in expected.items():
-        if key not in data:
-            raise LabError(f"key {key!r} is missing in {where}", why=valid, fix="add the key")
-        if not _is_a(data[key], kind):
-            raise LabError(
-                f"{key} in {where} must be {_TYPE_NAMES[kind]}, it is {data[key]!r}",
-                why=valid,
-                fix="correct the value",
-            )
-
-
-def _is_a(value: object, kind: type) -> bool:
-    if isinstance(value, bool):  # which Python counts as a number
-        return False
-    if kind is float:
-        return isinstance(value, int | float)
-    return isinstance(value, kind)
-
-
-def _table(data: Mapping[str, object], table: str, *, file: Path) -> Mapping[str, object]:
-    found = data[table]
-    if not isinstance(found, dict):
-        raise TypeError(f"[{table}] must have been checked before")
-    _check_keys(found, table=table, file=file)
-    return found
-
-
-def _size(table: Mapping[str, object], key: str, *, file: Path) -> float:
-    value = float(str(table[key]))
-    if not 0 <= value < 1e6:
-        raise LabError(
-            f"{key} in {file} must be between 0 and a million GB, it is {value}", fix="correct the value"
-        )
-    return value
-
-
-def _strings(table: Mapping[str, object], key: str, *, file: Path) -> tuple[str, ...]:
-    values = table[key]
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise LabError(
-            f"{key} in {file} must be a list of strings, it is {values!r}", fix="put each value in quotes"
-        )
-    return tuple(values)
-
-
-def _env(table: object, *, file: Path) -> tuple[tuple[str, str], ...]:
-    pairs = list(table.items()) if isinstance(table, dict) else []
-    for key, value in pairs:
-        if not isinstance(value, str):
-            raise LabError(
-                f"{key} in [env] of {file} must be a string, it is {value!r}", fix="put the value in quotes"
-            )
-    return tuple(sorted(pairs))
+def check_driver(stack: Stack, *, driver: str, stacks: Iterable[Stack]) -> None:
+    """`LabError` when the NVIDIA driver ("555.42.06", "" for none) is older than `stack` needs; it names which of
+    `stacks` would do.
+    """
+    wanted = stack.needs.driver
+    if not wanted or (driver and _version(driver) >= _version(wanted)):
+        return
+    fit = [
+        s for s in stacks if not s.needs.driver or (driver and _version(driver) >= _version(s.needs.driver))
+    ]
+    on_gpu = [s.name for s in fit if s.needs.driver]
+    would_do = " or ".join(on_gpu or [s.name for s in fit if s.name != stack.name]) or "none of the lab's"
+    raise LabError(
+        f"the NVIDIA driver {driver} is too old for stack {stack.name!r}, which needs {wanted} or newer"
+        if driver
+        else f"stack {stack.name!r} needs an NVIDIA driver, {wanted} or newer; this machine has none",
+        why=f"SGLang {stack.sglang} there runs on torch {stack.torch}, built with CUDA {stack.image.torch_cuda}",
+        fix=f"--stack {would_do} fits this machine; or update the driver",
+    )
 
 
 def _lock_hash(folder: Path, *, python: str) -> str:

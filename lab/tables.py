@@ -170,7 +170,7 @@ def _resolved(trial: Trial, status: dict[str, object]) -> tuple[str, ...]:
     for i, word in enumerate(argv):
         if "${" in word or (i + 1 < len(argv) and word.startswith("--") and "${" in argv[i + 1]):
             if word == "--port":
-                words += ["--port", str(status.get("port"))]
+                words += ["--port", str(status.get("listens", status.get("port")))]
             continue
         words.append(word)
     return tuple(words)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from commandline import NO_ENGINE
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(
@@ -64,6 +65,7 @@ class Checkout:
     """A copied repository; commands run in it see its `lab` package and write to its `runs`."""
 
     path: Path
+    docker: bool = False  # whether the commands see the machine's Docker engine
 
     def tiny(
         self, name: str, *, server: str = "", questions: int = 2, output: int = 8, pool: int = 4096
@@ -85,6 +87,8 @@ class Checkout:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start `invoke WORDS...` in the checkout, in a session of its own."""
         environment = {**os.environ, "PYTHONPATH": str(self.path), "COLUMNS": "160"}
+        if not self.docker:
+            environment["DOCKER_HOST"] = NO_ENGINE
         return subprocess.Popen(
             [sys.executable, "-m", "invoke", *words],
             cwd=self.path,
@@ -109,9 +113,9 @@ class Checkout:
         return sorted((self.path / "runs" / experiment).iterdir())[-1]
 
 
-def make_checkout(folder: Path) -> Checkout:
+def make_checkout(folder: Path, *, docker: bool = False) -> Checkout:
     shutil.copytree(ROOT, folder / "lab-copy", ignore=LEFT_OUT)
-    return Checkout(folder / "lab-copy")
+    return Checkout(folder / "lab-copy", docker)
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:

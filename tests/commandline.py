@@ -14,6 +14,7 @@ from pathlib import Path
 import fakerun
 
 ROOT = Path(__file__).parents[1]
+NO_ENGINE = "unix:///nowhere/docker.sock"  # the same on a machine with an engine and on one without
 COPIED = ("lab", "containers", "tasks.py", "pyproject.toml")
 
 
@@ -45,6 +46,7 @@ class Copy:
                 Path(sys.prefix) / "var" / "matplotlib"
             ),  # a font list is made once, not per test
             "COLUMNS": "200",
+            "DOCKER_HOST": NO_ENGINE,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         done = subprocess.run(

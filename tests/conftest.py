@@ -70,6 +70,6 @@ def stack_python(stack_dir: Path) -> Path:
 def nano(stack_python: Path) -> Path:
     """The `nano` model in the user's cache."""
     from lab import places
-    from lab.models import ensure_model, get_model
+    from lab.models import ensure_model, get_model, with_python
 
-    return ensure_model(get_model("nano"), cache=places.cache(), python=stack_python, say=print)
+    return ensure_model(get_model("nano"), cache=places.cache(), builder=with_python(stack_python), say=print)

@@ -22,7 +22,12 @@ from lab.stack import Needs, Stack
 NAME = "20260102T030405Z-ab12"
 START = 1_767_322_800.0  # 2026-01-02 03:00 UTC
 POOL = 4096
-PLACES = {"STACK": "/lab-test/stack", "MODEL": "/lab-test/model", "LAB": "/lab-test/lab"}
+PLACES = {
+    "STACK": "/lab-test/stack",
+    "MODEL": "/lab-test/model",
+    "LAB": "/lab-test/lab",
+    "JIT": "/lab-test/jit",
+}
 
 EXPERIMENT = '''\
 """A small experiment for tests."""

@@ -13,7 +13,7 @@ import pytest
 
 from lab import models, nano
 from lab.errors import LabError
-from lab.models import Model, ensure_model, get_model, kv_bytes_per_token
+from lab.models import Model, ensure_model, get_model, kv_bytes_per_token, with_python
 
 CONTENT = {"config.json": b"{}\n", "weights": b"\x00\x01\x02"}
 
@@ -60,7 +60,9 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def ensure(model: Model, tmp_path: Path) -> tuple[Path, list[str]]:
     """The folder and what was said."""
     said: list[str] = []
-    folder = ensure_model(model, cache=tmp_path / "cache", python=Path(sys.executable), say=said.append)
+    folder = ensure_model(
+        model, cache=tmp_path / "cache", builder=with_python(Path(sys.executable)), say=said.append
+    )
     return folder, said
 
 
@@ -147,7 +149,9 @@ def test_failed_build_shows_its_last_line(small: Model, builder: Path, tmp_path:
 @pytest.mark.usefixtures("builder")
 def test_stack_without_interpreter(small: Model, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="does not start"):
-        ensure_model(small, cache=tmp_path / "cache", python=tmp_path / "no" / "python", say=print)
+        ensure_model(
+            small, cache=tmp_path / "cache", builder=with_python(tmp_path / "no" / "python"), say=print
+        )
 
 
 def test_build_with_other_bytes_is_refused(small: Model, builder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from parts import need
 
 from lab import models, nano
-from lab.models import ensure_model, get_model
+from lab.models import ensure_model, get_model, with_python
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDBOOK = ROOT / "lab" / "data" / "handbook.md"
@@ -43,7 +43,9 @@ def python(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_model(get_model("nano"), cache=tmp_path_factory.mktemp("cache"), python=python, say=print)
+    return ensure_model(
+        get_model("nano"), cache=tmp_path_factory.mktemp("cache"), builder=with_python(python), say=print
+    )
 
 
 def ask(python: Path, question: str, **inputs: object) -> object:

@@ -107,8 +107,9 @@ def test_the_server_environment_is_whole_and_minimal(plan: Plan) -> None:
 
 def test_fill_replaces_placeholders_and_nothing_else() -> None:
     assert fill("a ${PORT} $HOME $$ ${port} 5$", {"PORT": "1"}) == "a 1 $HOME $$ ${port} 5$"
+    assert fill("${NOWHERE}", {"PORT": "1"}) == "${NOWHERE}"  # such as in a question
     with pytest.raises(KeyError):
-        fill("${NOWHERE}", {"PORT": "1"})
+        fill("${TRIAL}", {"PORT": "1"})
 
 
 # ---- reading a plan that is not right
@@ -250,10 +251,12 @@ pieces = st.lists(
 def test_any_word_reaches_the_program_as_it_stands(argv: list[str]) -> None:
     """Questions of a chat load may hold anything; bash gets them through `command`."""
     process = Process(argv=tuple(argv), env=(("KEY", argv[0]),), cpus=())
-    script = f"env() {{ printf '%s\\0' \"$@\"; }}\nPORT=31000\n{commands.command(process)}\n"
+    values = {name: f"the {name}" for name in PLACEHOLDERS}
+    set_all = "".join(f"{name}='{value}'\n" for name, value in values.items())
+    script = f"env() {{ printf '%s\\0' \"$@\"; }}\n{set_all}{commands.command(process)}\n"
     done = subprocess.run(("bash",), input=script.encode(), capture_output=True, timeout=60)
     assert done.stderr == b""
-    filled = [fill(word, {"PORT": "31000"}) for word in argv]
+    filled = [fill(word, values) for word in argv]
     assert done.stdout.decode().removesuffix("\0").split("\0") == ["-i", f"KEY={filled[0]}", *filled]
 
 

@@ -37,7 +37,6 @@ from lab.runtime.ledger import Ledger
 from lab.runtime.logtail import LogReader, last_lines
 from lab.runtime.ports import free_port, holder, require_port
 from lab.runtime.process import ProcessRuntime
-from lab.runtime.started import members
 
 ROOT = Path(__file__).parent.parent
 
@@ -521,7 +520,7 @@ def test_shared_memory_that_a_program_leaves_is_removed(bench: Bench, ends: str)
             program = rt.start(bench.python(LEAVES_MEMORY))
             until(lambda: len(entries() - before) == 3)
             if ends == "dies after it was ready":
-                program.shared |= shm.mapped(members(program))  # as wait_ready does
+                program.shared |= shm.mapped(program.members())  # as wait_ready does
                 program.popen.kill()
                 rt.wait(program, deadline_s=5)
             else:

@@ -50,11 +50,12 @@ def test_a_whole_file(tmp_path: Path) -> None:
     site = load(
         tmp_path,
         f'name = "box"\nruntime = "process"\nscheduler = "here"\ncapabilities = ["gpu"]\n'
-        f"server_cpus = [{cpu}]\nclient_cpus = [{cpu}]\nport = 31000\nready_s = 60\nload_s = 30.5\nstop_s = 5\n",
+        f'server_cpus = [{cpu}]\nserver_mems = [0]\ngpus = [0, "GPU-7"]\nshm_gb = 2\nport = 31000\nready_s = 60\nload_s = 30.5\nstop_s = 5\n',
     )
     assert (site.name, site.port, site.ready_s, site.load_s, site.stop_s) == ("box", 31000, 60, 30.5, 5)
     assert site.capabilities == ("gpu",)
-    assert (site.server_cpus, site.client_cpus) == ((cpu,), (cpu,))
+    assert (site.server_cpus, site.client_cpus, site.server_mems) == ((cpu,), (), (0,))
+    assert (site.gpus, site.shm_gb, site.memory_gb) == (("0", "GPU-7"), 2, None)
     assert site.reasons == ("CPUs as the site's file says",)
 
 
@@ -107,19 +108,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         load_site(str(tmp_path / "mine.toml"), folder=places.SITES)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_cpus_are_not_pinned_and_the_site_says_so(count: int) -> None:
-    site = detect(Site(name="x"), cpus=tuple(range(count)))
-    assert (site.server_cpus, site.client_cpus) == ((), ())
-    assert "nothing pinned" in site.reasons[-1]
-
-
-def test_from_four_cpus_on_the_client_has_its_own() -> None:
-    site = detect(Site(name="x"), cpus=(0, 2, 4, 6))
-    assert (site.server_cpus, site.client_cpus) == ((0, 2, 4), (6,))
-    assert "client on CPU 6" in site.reasons[-1]
-
-
 def test_cpus_given_are_taken_as_they_are() -> None:
     site = detect(Site(name="x", server_cpus=(1,)), cpus=(0, 1, 2, 3))
     assert (site.server_cpus, site.client_cpus) == ((1,), ())
+
+
+def test_server_and_client_do_not_share_a_cpu() -> None:
+    with pytest.raises(LabError, match=r"gives CPUs \[1\] to both server and client"):
+        detect(Site(name="x", server_cpus=(0, 1), client_cpus=(1,)), cpus=(0, 1, 2, 3))

@@ -65,6 +65,12 @@ def test_unknown_stack_lists_the_known_ones() -> None:
         ('OMP_NUM_THREADS = "1"', "OMP_NUM_THREADS = 1", r"OMP_NUM_THREADS in \[env\]"),
         ('"--device", "cpu"', '"--port", 1', "must be a list of strings"),
         ("[server]", "[servers]", "unknown key 'servers'"),
+        ("[image]", "[images]", "unknown key 'images'"),
+        ('torch_cuda = ""\n', "", r"key 'torch_cuda' is missing in \[image\]"),
+        ('date = "2026-11-20"', 'date = "soon"', r"date in \[image\].* must be a day like 2026-11-20"),
+        ("build_gb = 6.0", "build_gb = -6", "build_gb in .* between 0 and a million GB"),
+        ('driver = ""', "driver = 580", r"driver in \[needs\].* must be a string"),
+        ("observe = [", "observed = [", r"unknown key 'observed' in \[server\]"),
         ("args = [", "args = ", "is not valid TOML"),
     ],
 )
@@ -154,6 +160,21 @@ def test_the_lock_is_made_from_its_inputs(cpu: Stack) -> None:
         assert versions[normal_name(name)] == version
     assert versions["sglang"] == cpu.sglang
     assert versions["torch"] == cpu.torch
+
+
+@pytest.mark.parametrize("name", list_stacks(ROOT))
+def test_every_lock_fits_its_inputs(name: str) -> None:
+    assert drift(load_stack(name, root=ROOT)) == ()
+
+
+def test_extras_are_no_part_of_a_locked_name(tmp_path: Path) -> None:
+    """`sglang[srt]==0.4.6.post5` is asked for, `sglang==0.4.6.post5` is locked."""
+    shutil.copytree(ROOT / "containers" / "cu125", tmp_path / "containers" / "cu125")
+    file = tmp_path / "containers" / "cu125" / "requirements.in"
+    assert "sglang[srt]==0.4.6.post5" in file.read_text()
+    file.write_text(file.read_text().replace("sglang[srt]==0.4.6.post5", "sglang[srt]==0.4.6.post4"))
+    reasons = drift(load_stack("cu125", root=tmp_path))
+    assert "sglang==0.4.6.post4 is asked for, the lock has 0.4.6.post5" in reasons
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,28 @@ disk_gb = 0
 system = "Linux"
 machine = "x86_64"
 glibc = "2.17"
+driver = ""
+[image]
+base = "tiny"
+digest = ""
+python = "3.11.15"
+date = "2026-11-20"
+packages = []
+wheelhouse = []
+source = []
+torch_cuda = ""
+cuda_toolkit = ""
+nsys = ""
+ncu = ""
+build_gb = 0
 [env]
 LABTINY_SECONDS = "{seconds}"
 [server]
 args = []
+observe = []
 [verify]
 imports = {imports}
+command = []
 """
 MODULE = """
 import os, time

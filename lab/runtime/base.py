@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 Phase = Literal["start", "load"]
 How = Literal["already", "EOF", "SIGINT", "SIGTERM", "SIGKILL"]
@@ -17,9 +21,11 @@ class Command:
     """One program to start, fully resolved.
 
     `env` is the whole environment: nothing of the lab's own is inherited. `argv[0]` is looked up in its
-    `PATH`, or from `cwd` when it has a slash. `cpus` are CPU numbers, empty for "all". `stdin` opens a pipe
+    `PATH`, or from `cwd` when it has a slash. `cpus` are CPU numbers and `mems` NUMA nodes, empty for "all";
+    `gpus` are UUIDs. `port` is the one it listens on, as it sees it, 0 for none;
+    `profiler` is what watches it, if anything (container.PROFILER_CAPABILITIES). `stdin` opens a pipe
     for `send_line`; without it the program reads `/dev/null`. Standard output and error are appended to `log`
-    unchanged.
+    unchanged. In a container it may write to `cwd` and to the log's folder, and to nothing else that lasts.
     """
 
     name: str
@@ -28,6 +34,10 @@ class Command:
     cwd: Path
     log: Path
     cpus: tuple[int, ...] = ()
+    mems: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+    port: int = 0
+    profiler: str = ""
     stdin: bool = False
 
 
@@ -99,3 +109,58 @@ class Terminated(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
+
+
+class Program(Protocol):
+    """A program that a runtime has started."""
+
+    @property
+    def name(self) -> str:
+        """The command's name: server, client."""
+
+    @property
+    def log(self) -> Path:
+        """The file its output goes to."""
+
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def ending(self) -> str:
+        """How it ended, in words."""
+
+    def log_end(self) -> tuple[str, ...]:
+        """The last lines of its log."""
+
+
+class Runtime(Protocol):
+    """What `execute` needs of a runtime: a `with` block in which programs are started, watched and stopped."""
+
+    def __enter__(self) -> Runtime:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End everything that was started."""
+
+    def values(self, *, trial: Path, scratch: Path, port: int) -> dict[str, str]:
+        """TRIAL, SCRATCH and PORT as the programs of a trial see them; `port` 0 asks for a free one."""
+
+    def start(self, command: Command) -> Program:
+        """Start a program and return at once."""
+
+    def port_of(self, program: Program) -> int:
+        """The port of this machine's loopback that leads to the program."""
+
+    def wait_ready(
+        self,
+        program: Program,
+        *,
+        url: str,
+        deadline_s: float,
+        say: Callable[[Waiting], None] | None = None,
+    ) -> float:
+        """Wait until a GET of `url` answers 200; returns the seconds it took."""
+
+    def stop(self, program: Program, *, grace_s: float = 20.0) -> Stopped:
+        """End a program and everything it started."""

@@ -1,6 +1,6 @@
 """The few steps between the lab and a program it starts, run as a script of its own: pin to CPUs, ask the
 kernel for SIGKILL when the lab dies, put signal handling back to normal, then become the program. Arguments:
-the lab's pid, CPU numbers joined by commas (or `-`), then the program's argv. Imports nothing of the lab and
+the lab's pid, CPU numbers and NUMA nodes joined by commas (or `-`), then the program's argv. Imports nothing of the lab and
 adds nothing to the environment. Exit 126 or 127, as shells do, when the program cannot be started; the reason
 goes to its log."""
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SET_MEMPOLICY = 238  # the call's number on x86-64, the only processor that stacks are built for
+_MPOL_BIND = 2  # linux/mempolicy.h
 
 
 def _refuse(reason: str, *, code: int) -> NoReturn:
@@ -33,6 +35,16 @@ def _die_with(lab_pid: int) -> None:
         _refuse("the lab is gone", code=126)
 
 
+def _bind_memory(nodes: list[int]) -> None:
+    mask = ctypes.c_ulong(sum(1 << node for node in nodes))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_SET_MEMPOLICY, _MPOL_BIND, ctypes.byref(mask), 8 * ctypes.sizeof(mask)) != 0:
+        reason = os.strerror(ctypes.get_errno())  # EPERM in containers, whose seccomp profile forbids it
+        _refuse(
+            f"cannot bind memory to NUMA nodes {nodes}: {reason}; take server_mems out of the site", code=126
+        )
+
+
 def _normal_signals() -> None:
     # exec keeps "ignored": Python ignores SIGPIPE, and a shell's background job ignores SIGINT.
     for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGPIPE", "SIGXFSZ", "SIGCHLD"):
@@ -42,8 +54,10 @@ def _normal_signals() -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """Become the program named by `arguments`; never returns."""
-    lab_pid, cpus, argv = int(arguments[0]), arguments[1], arguments[2:]
+    lab_pid, cpus, mems, argv = int(arguments[0]), arguments[1], arguments[2], arguments[3:]
     _die_with(lab_pid)
+    if mems != "-":
+        _bind_memory([int(node) for node in mems.split(",")])
     if cpus != "-":
         try:
             os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})

@@ -6,14 +6,14 @@ half-written."""
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.runtime.procfs import end_all, family, is_alive, read_proc
+from lab.runtime.owner import Owner, is_dead, me, rebooted
+from lab.runtime.procfs import end_all, family
 
 SCHEMA = 1
 
@@ -43,11 +43,7 @@ class _Entry:
 
     run_id: str
     mark: str
-    owner_pid: int
-    owner_start: int
-    host: str
-    boot: str
-    pid_namespace: str
+    owner: Owner
     processes: tuple[Child, ...]
 
 
@@ -79,13 +75,13 @@ class Record:
         self._path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        entry = self._entry
+        entry, owner = self._entry, self._entry.owner
         content = {
             "schema": SCHEMA,
             "run_id": entry.run_id,
             "mark": entry.mark,
-            "owner": {"pid": entry.owner_pid, "start": entry.owner_start},
-            "place": {"host": entry.host, "boot": entry.boot, "pid_namespace": entry.pid_namespace},
+            "owner": {"pid": owner.pid, "start": owner.start},
+            "place": {"host": owner.host, "boot": owner.boot, "pid_namespace": owner.pid_namespace},
             "processes": [{"name": c.name, "pid": c.pid, "start": c.start} for c in self._children],
         }
         aside = self._path.with_suffix(".tmp")
@@ -109,18 +105,7 @@ class Ledger:
     def open(self, *, run_id: str) -> Record:
         """A new file for one runtime of this process; raises `LabError` when it cannot be written."""
         token = secrets.token_hex(8)
-        me = read_proc(os.getpid())
-        host, boot, pid_namespace = _place()
-        entry = _Entry(
-            run_id=run_id,
-            mark=f"{run_id}/{token}",
-            owner_pid=os.getpid(),
-            owner_start=me.start if me else 0,
-            host=host,
-            boot=boot,
-            pid_namespace=pid_namespace,
-            processes=(),
-        )
+        entry = _Entry(run_id=run_id, mark=f"{run_id}/{token}", owner=me(), processes=())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -150,12 +135,9 @@ class Ledger:
         except (OSError, ValueError) as error:
             say(f"{path} is not a process list of this version of the lab ({error}); left as it is")
             return None
-        host, boot, pid_namespace = _place()
-        rebooted = entry.host == host and entry.boot != boot
-        here = entry.boot == boot and entry.pid_namespace == pid_namespace
-        if not rebooted and (not here or is_alive(entry.owner_pid, start=entry.owner_start)):
+        if not is_dead(entry.owner):
             return None
-        killed, left = ((), ()) if rebooted else _end(entry)
+        killed, left = ((), ()) if rebooted(entry.owner) else _end(entry)
         if killed:
             say(f"ended {len(killed)} processes left by run {entry.run_id}, whose lab is dead")
         if left:
@@ -163,18 +145,12 @@ class Ledger:
         else:
             path.unlink(missing_ok=True)
             path.with_suffix(".tmp").unlink(missing_ok=True)
-        return Swept(run_id=entry.run_id, owner_pid=entry.owner_pid, killed=killed, left=left)
+        return Swept(run_id=entry.run_id, owner_pid=entry.owner.pid, killed=killed, left=left)
 
 
 def _end(entry: _Entry) -> tuple[tuple[int, ...], tuple[int, ...]]:
     leaders = tuple((child.pid, child.start) for child in entry.processes)
     return end_all(lambda: family(entry.mark, leaders=leaders), settle_s=0.0)
-
-
-def _place() -> tuple[str, str, str]:
-    """Where pids and start times of this process mean something: host name, boot, pid namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return os.uname().nodename, boot, str(Path("/proc/self/ns/pid").readlink())
 
 
 def _parse(text: str) -> _Entry:
@@ -192,11 +168,13 @@ def _parse(text: str) -> _Entry:
         return _Entry(
             run_id=str(content["run_id"]),
             mark=mark,
-            owner_pid=int(content["owner"]["pid"]),
-            owner_start=int(content["owner"]["start"]),
-            host=str(content["place"]["host"]),
-            boot=str(content["place"]["boot"]),
-            pid_namespace=str(content["place"]["pid_namespace"]),
+            owner=Owner(
+                pid=int(content["owner"]["pid"]),
+                start=int(content["owner"]["start"]),
+                host=str(content["place"]["host"]),
+                boot=str(content["place"]["boot"]),
+                pid_namespace=str(content["place"]["pid_namespace"]),
+            ),
             processes=children,
         )
     except (KeyError, TypeError) as error:

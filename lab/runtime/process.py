@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType, TracebackType
-
-import httpx
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 
 from lab.errors import LabError
 from lab.runtime import shm
@@ -20,31 +18,23 @@ from lab.runtime.base import (
     Command,
     DeadlinePassed,
     DiedUnderLoad,
-    DiedWhileStarting,
     How,
     NeverReady,
+    Program,
     StartFailed,
     Stopped,
-    Terminated,
-    Waiting,
 )
+from lab.runtime.interrupt import Interrupts
 from lab.runtime.ledger import Ledger, Record
-from lab.runtime.logtail import last_line
-from lab.runtime.ports import describe, holder, loopback_port
+from lab.runtime.ports import describe, free_port, holder, loopback_port, require_port
 from lab.runtime.procfs import end_all, family, read_proc, send_signal
-from lab.runtime.started import Started, ending, exit_code, log_end, members, program_exists, spawn
+from lab.runtime.started import Started, program_exists, spawn
+from lab.runtime.waiting import Say, died_while_starting, first_ended, ticks, until_ready
 
-Say = Callable[[Waiting], None]
-_Handler = Callable[[int, FrameType | None], object] | int | None
-
-_HEALTH_EVERY_S = 0.2
-_HEALTH_ANSWER_S = 5.0  # some SGLang settings let /health generate a token first, which takes over a second
 _SAY_EVERY_S = 0.5
-_POLL_S = 0.02
 _SETTLE_S = 2.0  # for helpers that end by themselves once the leader has (multiprocessing's resource tracker)
 _EOF_S = 1.0  # for a program that ends when its standard input does
 _BLAME_S = 2.0  # a client of a dying server often ends a moment before the server does
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ProcessRuntime:
@@ -61,47 +51,23 @@ class ProcessRuntime:
         self._close_grace_s = close_grace_s
         self._record: Record | None = None
         self._started: list[Started] = []
-        self._handlers: list[tuple[signal.Signals, _Handler]] = []
-        self._closing = False
-        self._hurried_by: int | None = None
+        self._interrupts = Interrupts()
 
     # ---- the block
 
     def __enter__(self) -> ProcessRuntime:
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("ProcessRuntime belongs in the main thread")
+        self._interrupts.begin()
         self._record = self._ledger.open(run_id=self._run_id)
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # inherited; the kernel would drop exit codes
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for signum in _SIGNALS:
-            if signal.getsignal(signum) not in (
-                signal.SIG_IGN,
-                None,
-            ):  # nohup and background jobs keep their way
-                self._handlers.append((signum, signal.signal(signum, self._on_signal)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing = True
+        self._interrupts.closing()
         try:
             self._close()
         finally:
-            for signum, handler in self._handlers:
-                signal.signal(signum, handler)
-        if error is None and self._hurried_by is not None:
-            self._raise(self._hurried_by)  # asked to end while ending in order: the lab must still hear of it
-
-    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        if self._closing:
-            self._hurried_by = signum
-        else:
-            self._raise(signum)
-
-    @staticmethod
-    def _raise(signum: int) -> None:
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
+            self._interrupts.end(error=error)
 
     def _close(self) -> None:
         record = self._open_record()
@@ -123,6 +89,19 @@ class ProcessRuntime:
 
     # ---- starting
 
+    def values(self, *, trial: Path, scratch: Path, port: int) -> dict[str, str]:
+        """What the plan's placeholders are for a trial: its folders as they are, and a port that is free.
+
+        Raises `LabError` when `port` is given (not 0) and taken.
+        """
+        if port:
+            require_port(port)
+        return {"TRIAL": str(trial), "SCRATCH": str(scratch), "PORT": str(port or free_port())}
+
+    def port_of(self, program: Program) -> int:
+        """The port of this machine's loopback on which the program listens: the one it was told."""
+        return _mine(program).command.port
+
     def start(self, command: Command) -> Started:
         """Start the program and return at once; raises `StartFailed` when there is no such program."""
         record = self._open_record()
@@ -143,33 +122,27 @@ class ProcessRuntime:
             pipe.write(line.encode() + b"\n")
             pipe.flush()
         except (BrokenPipeError, ValueError) as error:
-            reason = f"no longer reads its input and {ending(process)}"
+            reason = f"no longer reads its input and {process.ending()}"
             raise DiedUnderLoad(
-                reason, name=process.name, phase="load", last_lines=log_end(process)
+                reason, name=process.name, phase="load", last_lines=process.log_end()
             ) from error
 
     # ---- watching
 
-    def wait_ready(self, process: Started, *, url: str, deadline_s: float, say: Say | None = None) -> float:
+    def wait_ready(self, program: Program, *, url: str, deadline_s: float, say: Say | None = None) -> float:
         """Wait until a GET of `url` answers 200; returns the seconds it took, to 0.2 s.
 
         Raises `DiedWhileStarting` as soon as the program ends, `NeverReady` after `deadline_s` seconds or
         when the answer comes from a process that is not this program's, `LabError` for a URL that is not on
         the loopback.
         """
+        process = _mine(program)
         port = loopback_port(url)
-        answer = "none"
-        with httpx.Client(trust_env=False) as http:
-            for elapsed in self._ticks(process, deadline_s=deadline_s, every_s=_HEALTH_EVERY_S, say=say):
-                if exit_code(process) is not None:
-                    self._died_while_starting(process)
-                answer = _get(http, url, timeout_s=min(_HEALTH_ANSWER_S, deadline_s - elapsed))
-                if answer == "HTTP 200":
-                    self._check_answerer(process, port=port)
-                    process.shared |= shm.mapped(members(process))
-                    return elapsed
-        reason = f"not ready after {deadline_s:g} s; last answer of {url}: {answer}"
-        raise NeverReady(reason, name=process.name, phase="start", last_lines=log_end(process))
+        hurried = lambda: self._interrupts.hurried  # noqa: E731
+        elapsed = until_ready(process, url=url, deadline_s=deadline_s, say=say, hurried=hurried)
+        self._check_answerer(process, port=port)
+        process.shared |= shm.mapped(process.members())
+        return elapsed
 
     def wait(
         self, process: Started, *, deadline_s: float, watch: Sequence[Started] = (), say: Say | None = None
@@ -179,76 +152,45 @@ class ProcessRuntime:
         Raises `DiedUnderLoad` when a program in `watch` ends first, or within two seconds after this one has
         failed; `DeadlinePassed` after `deadline_s` seconds.
         """
-        for _ in self._ticks(process, deadline_s=deadline_s, every_s=_SAY_EVERY_S, say=say, watch=watch):
-            code = exit_code(process)
+        for _ in ticks((process, *watch), deadline_s=deadline_s, every_s=_SAY_EVERY_S, say=say):
+            code = process.exit_code()
             if code is not None and code != 0:
-                self._first_ended(watch, within_s=_BLAME_S)
+                first_ended(watch, within_s=_BLAME_S)
             for other in watch:
-                if exit_code(other) is not None:
-                    reason = f"{ending(other)} while {process.name} depended on it"
-                    raise DiedUnderLoad(reason, name=other.name, phase="load", last_lines=log_end(other))
+                if other.exit_code() is not None:
+                    reason = f"{other.ending()} while {process.name} depended on it"
+                    raise DiedUnderLoad(reason, name=other.name, phase="load", last_lines=other.log_end())
             if code is not None:
                 return code
         reason = f"not done after {deadline_s:g} s"
-        raise DeadlinePassed(reason, name=process.name, phase="load", last_lines=log_end(process))
-
-    def _ticks(
-        self,
-        process: Started,
-        *,
-        deadline_s: float,
-        every_s: float,
-        say: Say | None,
-        watch: Sequence[Started] = (),
-    ) -> Iterator[float]:
-        """Elapsed seconds, every `every_s` and at once when a program ends, until the deadline has passed."""
-        began = time.monotonic()
-        while (elapsed := time.monotonic() - began) < deadline_s:
-            yield elapsed
-            if say is not None:
-                line = last_line(process.command.log)
-                say(Waiting(name=process.name, elapsed_s=elapsed, deadline_s=deadline_s, last_line=line))
-            left = deadline_s - (time.monotonic() - began)
-            self._first_ended((process, *watch), within_s=min(every_s, max(0.0, left)))
-
-    def _first_ended(self, processes: Sequence[Started], *, within_s: float) -> bool:
-        until = time.monotonic() + within_s
-        while True:
-            if any(exit_code(process) is not None for process in processes):
-                return True
-            if not processes or time.monotonic() >= until or self._hurried_by is not None:
-                return False
-            time.sleep(_POLL_S)
-
-    def _died_while_starting(self, process: Started) -> None:
-        reason = f"{ending(process)} before it was ready"
-        raise DiedWhileStarting(reason, name=process.name, phase="start", last_lines=log_end(process))
+        raise DeadlinePassed(reason, name=process.name, phase="load", last_lines=process.log_end())
 
     def _check_answerer(self, process: Started, *, port: int) -> None:
-        if exit_code(process) is not None:
-            self._died_while_starting(process)
+        if process.exit_code() is not None:
+            raise died_while_starting(process)
         pid = holder(port)
-        if pid is not None and pid not in {proc.pid for proc in members(process)}:
+        if pid is not None and pid not in {proc.pid for proc in process.members()}:
             reason = f"port {port} is answered by {describe(pid)}, which is not part of it"
-            raise NeverReady(reason, name=process.name, phase="start", last_lines=log_end(process))
+            raise NeverReady(reason, name=process.name, phase="start", last_lines=process.log_end())
 
     # ---- ending
 
-    def stop(self, process: Started, *, grace_s: float = 20.0) -> Stopped:
+    def stop(self, program: Program, *, grace_s: float = 20.0) -> Stopped:
         """End the program and everything it started; a second call returns the same record.
 
         Its standard input is closed first. SIGINT and then SIGTERM go to the leader alone, which knows the
         order in which its parts end, with `grace_s` seconds each; SIGKILL goes to all of its processes. Those
         that outlive the leader by two seconds are killed too.
         """
+        process = _mine(program)
         if process.stopped is not None:
             return process.stopped
         began = time.monotonic()
-        process.shared |= shm.mapped(members(process))
+        process.shared |= shm.mapped(process.members())
         how = self._ask_to_end(process, grace_s=grace_s)
-        settle_s = 0.0 if how == "SIGKILL" or self._hurried_by is not None else _SETTLE_S
-        killed, left = end_all(lambda: members(process), settle_s=settle_s)
-        code = exit_code(process)
+        settle_s = 0.0 if how == "SIGKILL" or self._interrupts.hurried else _SETTLE_S
+        killed, left = end_all(process.members, settle_s=settle_s)
+        code = process.exit_code()
         if code is not None:
             process.popen.wait()  # only now may the pid pass to another process
         process.stopped = Stopped(
@@ -267,13 +209,16 @@ class ProcessRuntime:
                 self._open_record().remove(process.child)
         return process.stopped
 
+    def _ends(self, processes: Sequence[Started], *, within_s: float) -> bool:
+        return first_ended(processes, within_s=within_s, hurried=lambda: self._interrupts.hurried)
+
     def _ask_to_end(self, process: Started, *, grace_s: float) -> How:
-        if exit_code(process) is not None:
+        if process.exit_code() is not None:
             return "already"
         if process.popen.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.popen.stdin.close()
-            if self._first_ended((process,), within_s=min(_EOF_S, grace_s)):
+            if self._ends((process,), within_s=min(_EOF_S, grace_s)):
                 return "EOF"
         polite: tuple[tuple[signal.Signals, How], ...] = (
             (signal.SIGINT, "SIGINT"),
@@ -283,13 +228,12 @@ class ProcessRuntime:
             leader = read_proc(process.pid)
             if leader is not None:
                 send_signal(leader, signum=signum)
-            if self._first_ended((process,), within_s=grace_s):
+            if self._ends((process,), within_s=grace_s):
                 return how
         return "SIGKILL"
 
 
-def _get(http: httpx.Client, url: str, *, timeout_s: float) -> str:
-    try:
-        return f"HTTP {http.get(url, timeout=timeout_s).status_code}"
-    except httpx.HTTPError as error:
-        return type(error).__name__
+def _mine(program: Program) -> Started:
+    if not isinstance(program, Started):
+        raise TypeError(f"{program.name} was not started by this runtime")
+    return program

@@ -1,5 +1,5 @@
-"""One started program: in goes a `Command`, out comes a `Started`, with the questions one can ask about it:
-has it ended and how, which processes belong to it, what did it log last."""
+"""One program started as a process: in goes a `Command`, out comes a `Started`, which answers what one can ask
+about it: has it ended and how, which processes belong to it, what did it log last."""
 
 from __future__ import annotations
 
@@ -36,19 +36,61 @@ class Started:
         return self.command.name
 
     @property
+    def log(self) -> Path:
+        """The command's log."""
+        return self.command.log
+
+    @property
     def pid(self) -> int:
         """The leader's pid, also the number of its process group and session."""
         return self.child.pid
+
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while the program runs.
+
+        Looks without collecting the zombie (waitid(2), WNOWAIT): as long as it is there, its pid, group and
+        session number cannot pass to a stranger, so they may still be trusted when the program is ended.
+        """
+        if self.popen.returncode is not None:
+            return self.popen.returncode
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if info is None:
+            return None
+        return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+    def ending(self) -> str:
+        """How the program ended, in words."""
+        code = self.exit_code()
+        if code is None:
+            return "still runs"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        # SGLang kills itself like this after a crash of one of its parts; the log's end tells which it was
+        hint = (
+            " (by its own clean-up after a crash, or by the kernel out of memory)"
+            if code == -signal.SIGKILL
+            else ""
+        )
+        return f"was ended by {signal.Signals(-code).name}{hint}"
+
+    def members(self) -> tuple[Proc, ...]:
+        """The program's live processes, its own and those that it started."""
+        return family(self.mark, leaders=((self.child.pid, self.child.start),))
+
+    def log_end(self) -> tuple[str, ...]:
+        """The last lines of its log."""
+        return last_lines(self.command.log)
 
 
 def spawn(command: Command, *, mark: str) -> Started:
     """Start the program as the leader of a session of its own, with `mark` in its environment."""
     cpus = ",".join(map(str, command.cpus)) or "-"
+    mems = ",".join(map(str, command.mems)) or "-"
     # setproctitle, which SGLang uses, wipes /proc/<pid>/environ and our mark with it, unless SPT_NOENV is set
     env = dict(command.env) | {MARK: mark, "SPT_NOENV": "1"}
     with command.log.open("ab") as log:
         popen = subprocess.Popen(  # noqa: S603 - the plan's own argv, no shell
-            [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), cpus, *command.argv],
+            [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), cpus, mems, *command.argv],
             stdin=subprocess.PIPE if command.stdin else subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -67,43 +109,3 @@ def program_exists(command: Command) -> bool:
     if "/" in program:
         return os.access(command.cwd / program, os.X_OK)
     return shutil.which(program, path=dict(command.env).get("PATH", os.defpath)) is not None
-
-
-def exit_code(process: Started) -> int | None:
-    """The exit code, negative for a signal; None while the program runs.
-
-    Looks without collecting the zombie (waitid(2), WNOWAIT): as long as it is there, its pid, group and
-    session number cannot pass to a stranger, so they may still be trusted when the program is ended.
-    """
-    if process.popen.returncode is not None:
-        return process.popen.returncode
-    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if info is None:
-        return None
-    return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def ending(process: Started) -> str:
-    """How the program ended, in words."""
-    code = exit_code(process)
-    if code is None:
-        return "still runs"
-    if code >= 0:
-        return f"ended with exit code {code}"
-    # SGLang kills itself like this after a crash of one of its parts; the log's end tells which it was
-    hint = (
-        " (by its own clean-up after a crash, or by the kernel out of memory)"
-        if code == -signal.SIGKILL
-        else ""
-    )
-    return f"was ended by {signal.Signals(-code).name}{hint}"
-
-
-def members(process: Started) -> tuple[Proc, ...]:
-    """The program's live processes, its own and those that it started."""
-    return family(process.mark, leaders=((process.child.pid, process.child.start),))
-
-
-def log_end(process: Started) -> tuple[str, ...]:
-    """The last lines of its log."""
-    return last_lines(process.command.log)

@@ -83,7 +83,7 @@ def drift(stack: Stack) -> tuple[str, ...]:
     reasons = []
     if f"inputs sha256:{inputs_hash(stack)}" not in stack.lock.read_text(encoding="utf-8"):
         reasons.append("requirements.in or excludes.txt changed after the lock was made")
-    wanted = [entry.split("==") for entry in read_names(stack.requirements) if "==" in entry]
+    wanted = [_bare(entry).split("==") for entry in read_names(stack.requirements) if "==" in entry]
     wanted += [[name, version] for name, version in stated(stack).items() if name in pins]
     for name, version in wanted:
         if pins.get(normal_name(name)) != version:
@@ -94,6 +94,11 @@ def drift(stack: Stack) -> tuple[str, ...]:
         f"{name} is excluded, and locked" for name in read_names(stack.excludes) if normal_name(name) in pins
     ]
     return tuple(reasons)
+
+
+def _bare(entry: str) -> str:
+    """An entry of requirements.in without its extras: `sglang[srt]==1` is locked as `sglang==1`."""
+    return re.sub(r"\[.*?\]", "", entry)
 
 
 def stated(stack: Stack) -> dict[str, str]:
@@ -110,10 +115,10 @@ def write_lock(stack: Stack, *, newest: date, say: Callable[[str], None]) -> Pat
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "requirements.txt")
         argv = _compile_argv(stack, newest=newest, out=out)
-        result = _uv(argv, folder=stack.folder)
-        if result.returncode and "torch" in result.stderr:
+        result = _uv(argv, stack=stack)
+        if result.returncode and stack.device == "cpu" and "torch" in result.stderr:
             say(f"the set-up index has no torch=={stack.torch}; asking PyTorch's own CPU index")
-            result = _uv((*argv, "--torch-backend", "cpu"), folder=stack.folder)
+            result = _uv((*argv, "--torch-backend", "cpu"), stack=stack)
         if result.returncode:
             raise LabError(
                 f"cannot lock stack {stack.name!r}",
@@ -129,21 +134,25 @@ def write_lock(stack: Stack, *, newest: date, say: Callable[[str], None]) -> Pat
 
 def _compile_argv(stack: Stack, *, newest: date, out: Path) -> tuple[str, ...]:
     needs = stack.needs
+    source = (word for name in stack.image.source for word in ("--no-binary", name))
     excludes = ("--excludes", stack.excludes.name) if stack.excludes.exists() else ()
     return (
         *(uv.find_uv_bin(), "pip", "compile", stack.requirements.name, *excludes, "--output-file", str(out)),
-        *("--generate-hashes", "--only-binary", ":all:", "--no-emit-index-url", "--no-header"),
+        *("--generate-hashes", "--only-binary", ":all:", *source, "--no-emit-index-url", "--no-header"),
         *("--python-version", stack.python, "--exclude-newer", newest.isoformat(), "--quiet"),
         *("--python-platform", f"{needs.machine}-manylinux_{needs.glibc.replace('.', '_')}"),
     )
 
 
-def _uv(argv: tuple[str, ...], *, folder: Path) -> subprocess.CompletedProcess[str]:
+def _uv(argv: tuple[str, ...], *, stack: Stack) -> subprocess.CompletedProcess[str]:
+    """Run uv in the stack's folder. Wheels that only this machine's pip sees count where stack.toml allows them: elsewhere
+    they would lock a `torch+cpu` for a GPU.
+    """
     env = dict(os.environ)
-    if "PIP_FIND_LINKS" in env:
+    if stack.image.wheelhouse and "PIP_FIND_LINKS" in env:
         env.setdefault("UV_FIND_LINKS", env["PIP_FIND_LINKS"])
     return subprocess.run(  # noqa: S603 - our own argv
-        argv, cwd=folder, env=env, capture_output=True, text=True, check=False
+        argv, cwd=stack.folder, env=env, capture_output=True, text=True, check=False
     )
 
 

@@ -6,6 +6,7 @@ set -euo pipefail
 STACK=${STACK:-/lab-test/stack}
 MODEL=${MODEL:-/lab-test/model}
 LAB=${LAB:-/lab-test/lab}
+JIT=${JIT:-/lab-test/jit}
 OUT=${OUT:-$PWD/repeat-$(date -u +%Y%m%dT%H%M%SZ)}
 PORT=${PORT:-31000}
 READY_S=300
@@ -46,7 +47,7 @@ end_load() { sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1
 TRIAL=$OUT/000-cache-on-r0; mkdir -p "$TRIAL"
 rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"
 echo "trial 000-cache-on-r0"
-setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 \
+setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 0,1,2 \
   "${STACK}/bin/python" -m sglang.launch_server \
   --model-path "${MODEL}" \
@@ -54,18 +55,12 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
-  --enable-metrics \
-  --enable-cache-report \
-  --export-metrics-to-file \
-  --export-metrics-to-file-dir "${TRIAL}/export" \
-  --decode-log-interval 10 \
-  --random-seed 1 \
   --max-total-tokens 8192 \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
 wait_ready
 begin_load warmup
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -90,7 +85,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load chat
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" "${LAB}/load/chat.py" \
   --url "http://127.0.0.1:${PORT}" \
@@ -104,7 +99,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load shared
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -131,7 +126,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load pressure
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -163,7 +158,7 @@ stop_server
 TRIAL=$OUT/001-cache-off-r0; mkdir -p "$TRIAL"
 rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"
 echo "trial 001-cache-off-r0"
-setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 \
+setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 0,1,2 \
   "${STACK}/bin/python" -m sglang.launch_server \
   --model-path "${MODEL}" \
@@ -171,19 +166,13 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
-  --enable-metrics \
-  --enable-cache-report \
-  --export-metrics-to-file \
-  --export-metrics-to-file-dir "${TRIAL}/export" \
-  --decode-log-interval 10 \
-  --random-seed 1 \
   --max-total-tokens 8192 \
   --disable-radix-cache \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
 wait_ready
 begin_load warmup
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -208,7 +197,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load chat
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" "${LAB}/load/chat.py" \
   --url "http://127.0.0.1:${PORT}" \
@@ -222,7 +211,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load shared
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -254,7 +243,7 @@ stop_server
 TRIAL=$OUT/002-cache-off-r1; mkdir -p "$TRIAL"
 rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"
 echo "trial 002-cache-off-r1"
-setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 \
+setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 0,1,2 \
   "${STACK}/bin/python" -m sglang.launch_server \
   --model-path "${MODEL}" \
@@ -262,19 +251,13 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
-  --enable-metrics \
-  --enable-cache-report \
-  --export-metrics-to-file \
-  --export-metrics-to-file-dir "${TRIAL}/export" \
-  --decode-log-interval 10 \
-  --random-seed 1 \
   --max-total-tokens 8192 \
   --disable-radix-cache \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
 wait_ready
 begin_load warmup
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -299,7 +282,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load chat
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" "${LAB}/load/chat.py" \
   --url "http://127.0.0.1:${PORT}" \
@@ -313,7 +296,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load shared
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -345,7 +328,7 @@ stop_server
 TRIAL=$OUT/003-cache-on-r1; mkdir -p "$TRIAL"
 rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"
 echo "trial 003-cache-on-r1"
-setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 \
+setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false SGLANG_LOG_MS=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 0,1,2 \
   "${STACK}/bin/python" -m sglang.launch_server \
   --model-path "${MODEL}" \
@@ -353,18 +336,12 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
-  --enable-metrics \
-  --enable-cache-report \
-  --export-metrics-to-file \
-  --export-metrics-to-file-dir "${TRIAL}/export" \
-  --decode-log-interval 10 \
-  --random-seed 1 \
   --max-total-tokens 8192 \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
 wait_ready
 begin_load warmup
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -389,7 +366,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load chat
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" "${LAB}/load/chat.py" \
   --url "http://127.0.0.1:${PORT}" \
@@ -403,7 +380,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load shared
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \
@@ -430,7 +407,7 @@ env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bi
   >> "$LOAD/client.log" 2>&1
 end_load
 begin_load pressure
-env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 SGLANG_USE_CPU_ENGINE=1 \
+env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:/usr/bin:/bin" LANG=C.UTF-8 TZ=UTC PYTHONUNBUFFERED=1 USER=lab LOGNAME=lab "TRITON_CACHE_DIR=${JIT}/triton" "TORCHINDUCTOR_CACHE_DIR=${JIT}/inductor" "FLASHINFER_WORKSPACE_BASE=${JIT}/flashinfer" SGLANG_USE_CPU_ENGINE=1 CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES= \
   taskset -c 3 \
   "${STACK}/bin/python" -m sglang.bench_serving \
   --backend sglang \

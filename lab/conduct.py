@@ -1,0 +1,266 @@
+"""One experiment from the command line to its report: decide, refuse what can be refused, build what is missing, plan,
+execute, analyse."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from lab import commands, places, scratch
+from lab.app import explanation, find_run, report
+from lab.errors import LabError
+from lab.execute import execute
+from lab.experiment import Source, load_experiment
+from lab.hardware.detect import detect
+from lab.hardware.model import read_hardware
+from lab.hardware.model import to_json as to_json_hardware
+from lab.machine import describe, uncommitted
+from lab.models import get_model
+from lab.plan import Plan, make_plan, read_plan, to_json
+from lab.prepare import Prepared, make, resolve
+from lab.progress import Progress
+from lab.rundir import Run, verify, write_json, write_text
+from lab.runtime.base import Runtime
+from lab.runtime.docker import DockerRuntime, sweep
+from lab.runtime.gpulock import gpus_locked, shared_folder
+from lab.runtime.ledger import Ledger
+from lab.runtime.ports import require_port
+from lab.runtime.process import ProcessRuntime
+from lab.seats import seats
+from lab.site import load_site
+from lab.stack import check_driver, check_platform, check_resources, list_stacks, load_stack
+
+RUN_DISK_GB = 0.5
+
+RUN_README = """\
+# Run {name} of experiment {experiment}
+
+Raw, as measured: `plan.json` (everything that was to be done), `commands.sh` (the same without the lab),
+`experiment.py` (the experiment's file), `environment.json` and `uncommitted.diff` (machine and code), `trials/`
+(one folder a trial: status, logs, the server's arguments and its record of each request; below `loads/` what the
+client saw and the metrics before and after). `SHA256SUMS` lists it all: `sha256sum --check --quiet SHA256SUMS`.
+
+Derived, rebuilt by `invoke report --run {name}`: `tables/`, `verdicts.json`, `plots/`, `report.md`.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command line says about a run; empty strings and None where it says nothing."""
+
+    stack: str
+    model: str
+    site: str
+    runtime: str = ""
+    gpus: str = ""
+    hardware: str = ""
+    repeats: int | None = None
+
+
+def run_experiment(
+    name: str,
+    asked: Asked,
+    *,
+    dry_run: bool,
+    explain: bool,
+    resume: str | bool | None,
+    strict: bool,
+) -> int:
+    """Plan, execute, analyse and report one experiment."""
+    source = load_experiment(name, folder=places.EXPERIMENTS)
+    if asked.hardware and not dry_run:
+        raise LabError(
+            "--hardware plans for a machine, it cannot run there",
+            why="the file describes a machine, this may be another one",
+            fix="add --dry-run",
+        )
+    if explain:
+        print(explanation(source.experiment))
+        return 0
+    old = _to_resume(name, resume) if resume else None
+    prepared = _resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
+    plan = _plan(source, prepared, asked)  # made before anything is built, for what it refuses
+    if dry_run:
+        print(commands.script(plan), end="")
+        return 0
+    with Progress() as progress:
+        # Whatever can be refused is refused before a build of minutes begins.
+        _check_machine(prepared)
+        if old:
+            _check_resumable(*old, source=source, plan=plan, repeats=asked.repeats)
+        _sweep(prepared, progress=progress)
+        progress.step(prepared.site.reasons[0])
+        prepared, software = make(prepared, progress=progress)
+        if old:
+            run, plan = old
+            _check_image(plan, prepared)
+        else:
+            plan = _plan(source, prepared, asked)
+            run = _new_run(plan, source, prepared=prepared, software=software)
+        progress.step(f"run {run.path.relative_to(places.ROOT)}: {len(plan.trials)} trials")
+        gpus = sorted({gpu for trial in plan.trials for gpu in trial.server.gpus})
+        with gpus_locked(gpus, run_id=run.path.name, folder=shared_folder()):
+            runtime = _runtime(prepared, plan, run=run, progress=progress)
+            outcome = execute(plan, run, runtime=runtime, progress=progress)
+    code = report(run, strict=strict)
+    if outcome.failed or outcome.not_run:
+        print(
+            f"{outcome.failed} trials failed, {outcome.not_run} were not run; "
+            f"repeat them with: invoke exp.{name} --resume"
+        )
+        return 2
+    return code
+
+
+def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
+    """What the command line asks for; a run that is resumed keeps its `runtime`."""
+    stack, model = load_stack(asked.stack, root=places.ROOT), get_model(asked.model)
+    site = load_site(asked.site, folder=places.SITES)
+    hardware = read_hardware(Path(asked.hardware)) if asked.hardware else detect()
+    return resolve(
+        stack, model, site=site, hardware=hardware, runtime=asked.runtime or runtime, dry_run=dry_run
+    )
+
+
+def _plan(source: Source, prepared: Prepared, asked: Asked) -> Plan:
+    found = seats(
+        source.experiment,
+        stack=prepared.stack,
+        site=prepared.site,
+        hardware=prepared.hardware,
+        asked=[word for word in asked.gpus.split(",") if word],
+        busy=prepared.busy,
+    )
+    return make_plan(
+        source,
+        stack=prepared.stack,
+        model=prepared.model,
+        model_sha256=prepared.model.sha256,
+        site=prepared.site,
+        places=prepared.places,
+        containers=prepared.containers,
+        seats=found,
+        repeats=asked.repeats,
+    )
+
+
+def _runtime(prepared: Prepared, plan: Plan, *, run: Run, progress: Progress) -> Runtime:
+    if plan.containers is None or prepared.engine is None:
+        return ProcessRuntime(ledger=Ledger(places.state()), run_id=run.path.name)
+    return DockerRuntime(
+        engine=prepared.engine, setup=plan.containers, run_id=run.path.name, say=progress.step
+    )
+
+
+def _sweep(prepared: Prepared, *, progress: Progress) -> None:
+    """End what dead labs left, before anything of this run is there."""
+    Ledger(places.state()).sweep(progress.step)
+    scratch.sweep()
+    if prepared.engine is not None:
+        swept = sweep(prepared.engine, progress.step)
+        if swept:
+            progress.step(f"removed {len(swept)} things that a killed lab had left at the Docker engine")
+
+
+def _check_machine(prepared: Prepared) -> None:
+    if prepared.containers is None:
+        check_platform(prepared.stack)
+    driver = prepared.hardware.driver
+    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+    check_driver(prepared.stack, driver=driver.version if driver else "", stacks=every)
+    available = psutil.virtual_memory().available / 1e9
+    check_resources(prepared.stack, memory_available_gb=available)
+    if prepared.site.port:
+        require_port(prepared.site.port)
+    try:
+        places.RUNS.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=places.RUNS):  # os.access says yes to root on a read-only disk
+            pass
+    except OSError as error:
+        raise _not_writable(error) from error
+    free = shutil.disk_usage(places.RUNS).free / 1e9
+    if free < RUN_DISK_GB:
+        raise LabError(
+            f"{free:.1f} GB of disk are free for runs",
+            why=f"a run may take {RUN_DISK_GB} GB",
+            fix="make room, or delete old runs below runs/",
+        )
+
+
+def _new_run(plan: Plan, source: Source, *, prepared: Prepared, software: dict[str, object]) -> Run:
+    site = prepared.site
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    run = Run(places.RUNS / plan.experiment / name)
+    try:
+        run.path.mkdir(parents=True)
+        write_text(run.plan, to_json(plan))
+        write_text(run.commands, commands.script(plan))
+        write_text(run.experiment, source.text)
+        write_text(run.diff, uncommitted(places.ROOT))
+        write_text(run.readme, RUN_README.format(experiment=plan.experiment, name=name))
+        environment = {
+            "machine": describe(places.ROOT),
+            **software,
+            "choices": {"runtime": site.runtime, "site": site.name, "reasons": list(site.reasons)},
+        }
+        write_json(run.environment, environment)
+        write_text(run.hardware, to_json_hardware(prepared.hardware))
+    except OSError as error:
+        raise _not_writable(error) from error
+    return run
+
+
+def _not_writable(error: OSError) -> LabError:
+    return LabError(
+        "the folder for runs cannot be written",
+        why=f"{error.strerror}: {error.filename}",
+        fix="make runs/ writable, or run the lab from a checkout that is",
+    )
+
+
+def _to_resume(name: str, which: str | bool) -> tuple[Run, Plan]:
+    """The run to go on with, and its plan."""
+    run = find_run(which if isinstance(which, str) else None, experiment=name)
+    if run.sums.is_file():
+        verify(run)
+    return run, read_plan(run)
+
+
+def _check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats: int | None) -> None:
+    """`LabError` when the experiment or the software is not what the run's plan says; `plan` is today's."""
+    if old.experiment_sha256 != source.sha256:
+        raise LabError(
+            f"run {run.path.name} cannot be resumed: lab/experiments/{old.experiment}.py has changed since",
+            why="its claims and loads were registered with the old file",
+            fix="start a new run, or restore the file from the run's experiment.py",
+        )
+    if repeats not in (None, old.repeats):
+        raise LabError(
+            f"run {run.path.name} was planned with {old.repeats} repeats, not {repeats}",
+            why="a plan is not changed once its run has begun",
+            fix="leave --repeats out, or start a new run",
+        )
+    if (old.runtime, old.places) != (plan.runtime, plan.places):
+        raise LabError(
+            f"run {run.path.name} cannot be resumed: it used another runtime, stack or model",
+            why=f"planned {old.runtime} {old.places}, now {plan.runtime} {plan.places}",
+            fix="name the same --runtime, --stack and --model, or start a new run",
+        )
+
+
+def _check_image(old: Plan, prepared: Prepared) -> None:
+    """`LabError` when the image is another one than the run began with."""
+    before = old.containers.image if old.containers else ""
+    now = prepared.containers.image if prepared.containers else ""
+    if before != now:
+        raise LabError(
+            "the run cannot be resumed: its image is not the stack's image any more",
+            why=f"it began with {before}, now there is {now}",
+            fix="start a new run",
+        )

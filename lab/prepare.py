@@ -1,0 +1,200 @@
+"""What a run needs before it can be planned for good: which runtime and why, the stack (built as a folder, or as an image),
+the model, and where programs find them. `resolve` decides and starts nothing; `make` builds what is missing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lab import places
+from lab.boxes import PLACES, Names
+from lab.container import STACK, Container, Mount, Setup
+from lab.errors import LabError
+from lab.hardware.model import Hardware
+from lab.hardware.nvml import busy, read_use
+from lab.images.build import build_image, image_tag
+from lab.models import BUILD_LIMIT_S, Builder, Model, ensure_model, with_python
+from lab.progress import Progress
+from lab.rundir import read_json
+from lab.runtime.docker import caller
+from lab.runtime.engine import Engine, EngineError, accepted_ulimits, connect
+from lab.runtime.owner import me
+from lab.site import Site
+from lab.stack import Stack
+from lab.stacks.build import ensure, stack_folder
+
+# NCCL registers memory with the GPU, and deep stacks of C++ threads outgrow 8 MB: NVIDIA asks for both limits in the
+# notes of its containers.
+ULIMITS = {"memlock": -1, "stack": 67_108_864}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What was decided; `site.runtime` is never empty here, and `site.reasons` say why it is what it is.
+
+    `hardware` is the machine, `busy` its GPUs in use by UUID, with words. `places` are the plan's placeholders
+    as programs see them, `containers` and `engine` None for processes.
+    """
+
+    stack: Stack
+    model: Model
+    site: Site
+    hardware: Hardware
+    busy: dict[str, str]
+    places: dict[str, str]
+    containers: Setup | None = None
+    engine: Engine | None = None
+
+
+def resolve(
+    stack: Stack, model: Model, *, site: Site, hardware: Hardware, runtime: str, dry_run: bool
+) -> Prepared:
+    """Decide the runtime and where everything is. `LabError` when docker is asked for and no engine answers,
+    unless nothing will be started."""
+    name, reason, engine = _choose(site, asked=runtime, dry_run=dry_run)
+    here = stack.device == "cuda" and not dry_run
+    used = busy(read_use([gpu.uuid for gpu in hardware.gpus])) if here else {}
+    site = replace(site, runtime=name, reasons=(f"runtime {name}: {reason}", *site.reasons))
+    cache = places.cache()
+    jit = cache / "jit" / f"{stack.name}-{stack.lock_hash[:12]}"
+    model_folder = model.path or cache / "models" / f"{model.name}-{model.sha256[:12]}"
+    if name == "process":
+        where = {
+            "STACK": str(stack_folder(stack, cache=cache)),
+            "MODEL": str(model_folder),
+            "LAB": str(places.PACKAGE),
+            "JIT": str(jit),
+        }
+        return Prepared(stack=stack, model=model, site=site, hardware=hardware, busy=used, places=where)
+    tag = image_tag(stack)
+    image = engine.image(tag) if engine is not None else None
+    setup = Setup(
+        image=tag if image is None else image.id,
+        image_name=tag,
+        model=str(model_folder),
+        lab=str(places.PACKAGE),
+        jit=str(jit),
+        gpu_request="cdi" if engine is not None and engine.has_cdi else "nvidia",
+        shm_gb=site.shm_gb,
+        memory_gb=site.memory_gb,
+        ulimits=ULIMITS,
+    )
+    return Prepared(
+        stack=stack,
+        model=model,
+        site=site,
+        hardware=hardware,
+        busy=used,
+        places=dict(PLACES),
+        containers=setup,
+        engine=engine,
+    )
+
+
+def _choose(site: Site, *, asked: str, dry_run: bool) -> tuple[str, str, Engine | None]:
+    """The runtime's name, why it, and the engine if it is docker."""
+    wanted = asked or site.runtime
+    if wanted == "process":
+        return wanted, "--runtime" if asked else "the site's file says so", None
+    try:
+        engine = connect()
+    except LabError as error:
+        if wanted and not dry_run:
+            raise
+        if wanted:
+            return wanted, f"asked for, although {error.problem} ({error.why})", None
+        return "process", f"{error.problem} ({error.why})", None
+    if wanted:
+        return wanted, f"{'--runtime' if asked else 'the site file says so'}; engine {engine.version}", engine
+    return "docker", f"Docker engine {engine.version} answers", engine
+
+
+def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str, object]]:
+    """Build what is missing; returns what was decided, now complete, and a description of the software."""
+    if prepared.containers is None or prepared.engine is None:
+        folder = ensure(prepared.stack, cache=places.cache(), say=progress.step, live=progress.live)
+        builder = with_python(folder / "bin" / "python")
+        ensure_model(prepared.model, cache=places.cache(), builder=builder, say=progress.step)
+        return prepared, {"stack": read_json(folder / "lab-stack.json")}
+    engine, setup = prepared.engine, prepared.containers
+    image = engine.image(setup.image_name)
+    if image is None:
+        build_image(prepared.stack, cache=places.cache(), say=progress.step, live=progress.live)
+        image = engine.image(setup.image_name)
+    if image is None:
+        raise LabError(f"the engine lost the image {setup.image_name}", fix="run the same command again")
+    setup = replace(setup, image=image.id)
+    try:
+        limits, refused = accepted_ulimits(
+            engine, wanted=setup.ulimits, probe=lambda wanted: _probe(image.id, ulimits=wanted)
+        )
+        if not (prepared.model.path or Path(setup.model).exists()):
+            Path(setup.model).parent.mkdir(parents=True, exist_ok=True)
+        builder = _in_container(engine, image=image.id, models=Path(setup.model).parent)
+        ensure_model(prepared.model, cache=places.cache(), builder=builder, say=progress.step)
+    except EngineError as error:
+        raise LabError(
+            "the Docker engine cannot run the stack's image",
+            why=str(error),
+            fix="see invoke doctor, or use --runtime process",
+        ) from error
+    setup = replace(setup, ulimits=limits)
+    reasons = (*prepared.site.reasons, *((refused,) if refused else ()))
+    ready = replace(prepared, containers=setup, site=replace(prepared.site, reasons=reasons))
+    about = {"name": setup.image_name, "id": image.id, "labels": image.labels, "bytes": image.size_bytes}
+    return ready, {"image": about, "engine": engine.version}
+
+
+def _probe(image: str, *, ulimits: dict[str, int]) -> Container:
+    """A container that ends at once, to see what the engine accepts."""
+    return _short(
+        image, name="probe", argv=("true",), log="/dev/null", ulimits=tuple(sorted(ulimits.items()))
+    )
+
+
+def _in_container(engine: Engine, *, image: str, models: Path) -> Builder:
+    """A builder of models that runs in the stack's image; the folders lie in it where they lie on the host."""
+
+    def build(argv: tuple[str, ...]) -> tuple[int, str]:
+        log = models / f".{os.getpid()}.log"
+        mounts = (
+            Mount(kind="bind", source=str(places.PACKAGE), target=str(places.PACKAGE), read_only=True),
+            Mount(kind="bind", source=str(models), target=str(models)),
+        )
+        box = _short(
+            image, name="model", argv=(f"{STACK}/bin/python", "-I", *argv), log=str(log), mounts=mounts
+        )
+        try:
+            code, said = engine.run_once(box, limit_s=BUILD_LIMIT_S)
+            return code, (log.read_text(encoding="utf-8", errors="replace") if log.exists() else said)
+        finally:
+            log.unlink(missing_ok=True)
+
+    return build
+
+
+def _short(
+    image: str,
+    *,
+    name: str,
+    argv: tuple[str, ...],
+    log: str,
+    mounts: tuple[Mount, ...] = (),
+    ulimits: tuple[tuple[str, int], ...] = (),
+) -> Container:
+    """A container for a program of seconds, without a network."""
+    names = Names(run_id=f"prepare-{os.getpid()}", owner=me().label())
+    return Container(
+        name=f"{names.prefix}-{name}",
+        image=image,
+        argv=argv,
+        env=(("HOME", "/tmp"),),  # noqa: S108  the container's own
+        labels=tuple(sorted(names.labels.items())),
+        user=caller(),
+        network="none",
+        mounts=mounts,
+        log=log,
+        workdir="/",
+        ulimits=ulimits,
+    )
