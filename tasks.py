@@ -14,7 +14,7 @@ EXPERIMENTS = ROOT / "lab" / "experiments"
 
 RUN_HELP = {
     "repeats": "how often each variant is measured (default: the experiment's own)",
-    "stack": "the software that serves, a folder of containers/",
+    "stack": "the software that serves, a folder of containers/ (default: what fits the machine)",
     "model": "what is served",
     "site": "where it runs: a name of lab/sites/ or a TOML file",
     "runtime": "process or docker (default: docker where an engine answers)",
@@ -55,7 +55,7 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
     def run(
         _: Context,
         repeats: str = "",
-        stack: str = "cpu",
+        stack: str = "",
         model: str = "nano",
         site: str = "local",
         runtime: str = "",
@@ -137,6 +137,97 @@ def clean(_: Context, cache: bool = False) -> None:
     checked(body)
 
 
+@task(
+    auto_shortflags=False,
+    help={"json": "as JSON, for --hardware", "hardware": "the machine in this file instead of this one"},
+)
+def topo(_: Context, json: bool = False, hardware: str = "") -> None:
+    """Show GPUs, links and NUMA nodes, and where servers would be placed."""
+
+    def body() -> int:
+        from lab import app
+
+        return app.topo(hardware, as_json=json)
+
+    checked(body)
+
+
+STACK_HELP = "a folder of containers/ (default: what fits the machine)"
+
+
+@task(
+    name="build",
+    auto_shortflags=False,
+    help={
+        "stack": STACK_HELP,
+        "base": "another base image, such as one that the engine has",
+        "bare": "without CUDA toolkit and profilers",
+        "index-url": "a mirror for Python packages",
+    },
+)
+def image_build(_: Context, stack: str = "", base: str = "", bare: bool = False, index_url: str = "") -> None:
+    """Build the image of a stack."""
+
+    def body() -> int:
+        from lab import imaging
+
+        return imaging.build(stack, base=base, bare=bare, index_url=index_url)
+
+    checked(body)
+
+
+@task(name="list", auto_shortflags=False)
+def image_list(_: Context) -> None:
+    """List the lab's images and the versions measured in them."""
+
+    def body() -> int:
+        from lab import imaging
+
+        return imaging.images()
+
+    checked(body)
+
+
+@task(name="check", auto_shortflags=False, help={"stack": "also measure inside this stack's image"})
+def image_check(_: Context, stack: str = "") -> None:
+    """Lint the Dockerfile, and measure again inside an image."""
+
+    def body() -> int:
+        from lab import imaging
+
+        return imaging.check(stack)
+
+    checked(body)
+
+
+@task(
+    name="lock",
+    auto_shortflags=False,
+    help={"stack": "a folder of containers/ (default: cpu)", "date": "take files published before it"},
+)
+def image_lock(_: Context, stack: str = "", date: str = "") -> None:
+    """Make the lock of a stack anew."""
+
+    def body() -> int:
+        from lab import imaging
+
+        return imaging.lock(stack, newest=date)
+
+    checked(body)
+
+
+@task(name="context", auto_shortflags=False, help={"stack": STACK_HELP, "out": "the folder to make"})
+def image_context(_: Context, stack: str = "", out: str = "") -> None:
+    """Leave the build context of a stack in a folder."""
+
+    def body() -> int:
+        from lab import imaging
+
+        return imaging.context(stack, out=out)
+
+    checked(body)
+
+
 def build_namespace() -> Collection:
     exp = Collection("exp")
     names = {p.stem.replace("_", "-"): p for p in sorted(EXPERIMENTS.glob("*.py")) if p.stem != "__init__"}
@@ -148,7 +239,8 @@ def build_namespace() -> Collection:
             raise Exit(f"error: {unknown_name('experiment', asked, names)}", code=1)
     for name, path in names.items():
         exp.add_task(experiment_task(name, first_line(path)), name=name)
-    return Collection(exp, doctor, report, runs, clean)
+    image = Collection("image", image_build, image_list, image_check, image_lock, image_context)
+    return Collection(exp, image, doctor, topo, report, runs, clean)
 
 
 namespace = build_namespace()

@@ -12,6 +12,10 @@ from lab import places, scratch
 from lab.claims import Verdict
 from lab.errors import LabError, unknown_name
 from lab.experiment import Experiment
+from lab.hardware.detect import detect
+from lab.hardware.model import read_hardware
+from lab.hardware.nvml import busy, read_use
+from lab.hardware.topo import show
 from lab.plan import read_plan
 from lab.rundir import Run, list_runs, read_json, verify
 from lab.runtime import docker, engine
@@ -99,6 +103,14 @@ def clean(*, cache: bool) -> int:
     if cache and places.cache().exists():
         shutil.rmtree(places.cache())
         print("deleted the built stacks and models; the next run builds them again")
+    return 0
+
+
+def topo(file: str, *, as_json: bool) -> int:
+    """Print the machine, or the one in a file: links, NUMA nodes, and where servers would be placed."""
+    hardware = read_hardware(Path(file)) if file else detect()
+    used = {} if file else busy(read_use([gpu.uuid for gpu in hardware.gpus]))
+    print(show(hardware, as_json=as_json, busy=used), end="")
     return 0
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import psutil
 
 from lab import commands, places, scratch
 from lab.app import explanation, find_run, report
+from lab.choice import fitting_stack
 from lab.errors import LabError
 from lab.execute import execute
 from lab.experiment import Source, load_experiment
@@ -95,7 +96,8 @@ def run_experiment(
         if old:
             _check_resumable(*old, source=source, plan=plan, repeats=asked.repeats)
         _sweep(prepared, progress=progress)
-        progress.step(prepared.site.reasons[0])
+        for reason in prepared.site.reasons:
+            progress.step(reason)
         prepared, software = make(prepared, progress=progress)
         if old:
             run, plan = old
@@ -120,9 +122,15 @@ def run_experiment(
 
 def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     """What the command line asks for; a run that is resumed keeps its `runtime`."""
-    stack, model = load_stack(asked.stack, root=places.ROOT), get_model(asked.model)
+    model = get_model(asked.model)
     site = load_site(asked.site, folder=places.SITES)
     hardware = read_hardware(Path(asked.hardware)) if asked.hardware else detect()
+    stack = load_stack(asked.stack or "cpu", root=places.ROOT)
+    if not asked.stack:
+        every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+        name, reason = fitting_stack(hardware, stacks=every)
+        stack = load_stack(name, root=places.ROOT)
+        site = replace(site, reasons=(f"stack {name}: {reason}", *site.reasons))
     return resolve(
         stack, model, site=site, hardware=hardware, runtime=asked.runtime or runtime, dry_run=dry_run
     )

@@ -13,8 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lab import places
+from lab.choice import fitting_stack
 from lab.errors import LabError
+from lab.hardware.detect import detect
+from lab.images.build import image_tag
 from lab.models import find_damage, get_model
+from lab.runtime.engine import connect
 from lab.site import load_site, usable_cpus
 from lab.stack import Stack, check_platform, list_stacks, load_stack
 from lab.stacks.build import stack_folder
@@ -54,8 +58,10 @@ def findings() -> list[Finding]:
     rows = [_python(), *_cpus()]
     for name in list_stacks(places.ROOT):
         stack = load_stack(name, root=places.ROOT)
+        if stack.device != "cpu":  # served from its image; see the rows of the engine
+            continue
         rows += [_platform(stack), _memory(stack), _disk(stack), _built(stack)]
-    return [*rows, _model(), _runs(), _gpu()]
+    return [*rows, _model(), _runs(), *_engine(), *_gpu()]
 
 
 def _python() -> Finding:
@@ -186,14 +192,60 @@ def _runs() -> Finding:
     )
 
 
-def _gpu() -> Finding:
-    here = Path("/proc/driver/nvidia/version").exists()
-    return Finding(
-        check="NVIDIA GPU",
-        good=True,
-        state="driver loaded; not used by the cpu stack" if here else "none",
-        matters="claims that need one come out untested" if not here else "no stack of the lab uses it yet",
-    )
+def _engine() -> list[Finding]:
+    """The Docker engine, which decides the runtime, and the images of the stacks in it."""
+    try:
+        engine = connect()
+    except LabError as error:
+        return [
+            Finding(
+                check="Docker engine",
+                good=True,
+                state=f"none: {error.problem}",
+                matters="experiments run as plain processes then; containers pin CPUs and GPUs, and are the default",
+                fix=error.fix,
+            )
+        ]
+    rows = [
+        Finding(
+            check="Docker engine",
+            good=True,
+            state=f"{engine.version}{', knows CDI' if engine.has_cdi else ''}",
+            matters="experiments run in containers; --runtime process does without",
+        )
+    ]
+    for name in list_stacks(places.ROOT):
+        tag = image_tag(load_stack(name, root=places.ROOT))
+        image = engine.image(tag)
+        rows.append(
+            Finding(
+                check=f"image of stack {name}",
+                good=image is not None,
+                state="not built yet" if image is None else f"{image.size_bytes / 1e9:.1f} GB",
+                matters=f"containers of stack {name} start from {tag}",
+                fix="" if image is not None else f"invoke image.build --stack {name}",
+            )
+        )
+    return rows
+
+
+def _gpu() -> list[Finding]:
+    hardware = detect()
+    version = hardware.driver.version if hardware.driver else ""
+    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+    name, reason = fitting_stack(hardware, stacks=every)
+    words = f"{len(hardware.gpus)}, driver {version}" if version else "none"
+    return [
+        Finding(
+            check="NVIDIA GPUs",
+            good=True,
+            state=words,
+            matters="claims that need one come out untested"
+            if not hardware.gpus
+            else "invoke topo shows them",
+        ),
+        Finding(check="stack that fits", good=True, state=name, matters=reason),
+    ]
 
 
 def _existing(path: Path) -> Path:

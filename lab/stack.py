@@ -233,16 +233,20 @@ def check_resources(
         )
 
 
+def driver_runs(stack: Stack, *, driver: str) -> bool:
+    """Whether the NVIDIA driver ("555.42.06", "" for none) is new enough for the stack."""
+    wanted = stack.needs.driver
+    return not wanted or bool(driver and _version(driver) >= _version(wanted))
+
+
 def check_driver(stack: Stack, *, driver: str, stacks: Iterable[Stack]) -> None:
     """`LabError` when the NVIDIA driver ("555.42.06", "" for none) is older than `stack` needs; it names which of
     `stacks` would do.
     """
     wanted = stack.needs.driver
-    if not wanted or (driver and _version(driver) >= _version(wanted)):
+    if driver_runs(stack, driver=driver):
         return
-    fit = [
-        s for s in stacks if not s.needs.driver or (driver and _version(driver) >= _version(s.needs.driver))
-    ]
+    fit = [s for s in stacks if driver_runs(s, driver=driver)]
     on_gpu = [s.name for s in fit if s.needs.driver]
     would_do = " or ".join(on_gpu or [s.name for s in fit if s.name != stack.name]) or "none of the lab's"
     raise LabError(

@@ -170,6 +170,28 @@ def test_building_again_gives_the_same_layers(tiny: Callable[..., Stack], tmp_pa
     assert made[0] == made[1]
 
 
+def test_a_python_without_bytecode_gets_it(tiny: Callable[..., Stack], tmp_path: Path) -> None:
+    """As in the images that Python's makers publish: else every start by a user who is not root compiles what it imports."""
+    base = "sglang-lab-test/no-bytecode:1"
+    text = f"FROM {base_image()}\nRUN find /usr/lib/python3.11 -name __pycache__ -prune -exec rm -r {{}} +\n"
+    argv = (str(engine().path), "build", "--tag", base, "-")
+    subprocess.run(argv, env=ENV, input=text, text=True, check=True, capture_output=True)
+    try:
+        built = build(tiny(), tmp_path, base=base)
+    finally:
+        docker("image", "rm", "--force", base)
+    done = docker("run", "--rm", "--user", "4321", built.tag, "python", "-v", "-c", "import json")
+    assert "json/__pycache__/__init__.cpython-311.pyc matches" in done.stderr
+
+
+def test_two_labs_at_once_end_with_one_image(tiny: Callable[..., Stack], tmp_path: Path) -> None:
+    stack = tiny()
+    argv = (sys.executable, "-c", BUILDER, str(tmp_path), str(tmp_path / "cache"), base_image())
+    labs = [subprocess.Popen(argv, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [lab.wait(timeout=120) for lab in labs] == [0, 0]
+    assert inspect_image(engine(), image_tag(stack), env=ENV) is not None
+
+
 def test_a_base_image_that_cannot_be_had(tiny: Callable[..., Stack], tmp_path: Path) -> None:
     engine()
     with pytest.raises(LabError, match=r"base image nosuch\.invalid/none:1 cannot be obtained") as caught:

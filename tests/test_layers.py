@@ -107,7 +107,7 @@ ORDER = (
         "lab.judge",
     ),
     *("lab.report", "lab.report.plots", "lab.report.render"),
-    *("lab.prepare", "lab.doctor", "lab.app", "lab.conduct", "tasks"),
+    *("lab.choice", "lab.prepare", "lab.doctor", "lab.app", "lab.imaging", "lab.conduct", "tasks"),
 )
 ANALYSIS = ("lab.tables", "lab.stats", "lab.judge", "lab.report.render", "lab.report.plots")
 DOING = (
@@ -121,6 +121,7 @@ DOING = (
     "lab.progress",
     "lab.prepare",
     "lab.conduct",
+    "lab.imaging",
     "lab.app",
 )
 

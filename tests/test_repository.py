@@ -21,11 +21,12 @@ REGISTRIES = [
     "python" + "hosted.org",
     "download.py" + "torch.org",
     "hugging" + "face.co",
-    "docker" + ".io",
+    "docker" + ".io/",
     "gh" + "cr.io",
 ]
+# /opt/stack, /opt/python and /home/lab are places inside the images.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.}\])*/])/(?:" + "|".join(("root", "home", "work", "opt", "Users")) + r")/[\w.]"
+    r"(?<![\w.}\])*/])/(?:" + "|".join(("root", "home", "work", "opt", "Users")) + r")/(?!stack|python|lab\b)[\w.]"
 )
 
 

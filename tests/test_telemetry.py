@@ -95,6 +95,7 @@ def test_rows_follow_the_gpu_while_it_changes(tmp_path: Path) -> None:
         )
         last = sampler.until(lambda found: any(s.sm_util_pct == 97 for s in found))
         sampler.end()
+        whole = sampler.samples()
     assert (first.sm_util_pct, first.power_w, first.energy_j, first.memory_used_mib) == (
         0,
         62.0,
@@ -103,8 +104,9 @@ def test_rows_follow_the_gpu_while_it_changes(tmp_path: Path) -> None:
     )
     assert (first.nvlink_tx_kib, first.processes) == (0, ())
     busy = next(s for s in last if s.sm_util_pct == 97)
-    assert (busy.gpu, busy.memory_util_pct, busy.power_w, busy.memory_used_mib) == (GPU0, 41, 399.5, 70000)
-    assert (busy.temperature_c, busy.sm_clock_mhz, busy.memory_clock_mhz) == (71, 1155, 1593)
+    assert (busy.gpu, busy.memory_util_pct, busy.power_w, busy.sm_clock_mhz) == (GPU0, 41, 399.5, 1155)
+    final = [s for s in whole if s.gpu == GPU0][-1]
+    assert (final.memory_used_mib, final.temperature_c, final.memory_clock_mhz) == (70000, 71, 1593)
     assert busy.clock_reasons is not None
     assert throttle_names(busy.clock_reasons) == ("software power cap",)
     assert abs(busy.time_s - time.time()) < 60
@@ -160,7 +162,9 @@ def test_processes_are_named(tmp_path: Path) -> None:
     with running(tmp_path, machine=machine) as sampler:
         found = sampler.until(lambda found: len(found) >= 4)
     assert found[0].processes == (4242, 17)
-    assert found[2].processes is None, "not asked again a tenth of a second later"
+    assert found[2].processes is None, "not asked again at once"
+    assert [s.pcie_tx_bytes for s in found[:4]] == [0, 0, 0, 0]
+    assert pcie_mib_per_s(found, GPU0) == ((found[2].time_s, 0.0, 0.0),)
     assert strangers(found, ours=frozenset({17})) == {GPU0: frozenset({4242})}
 
 
@@ -251,10 +255,10 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_what_is_slow_to_ask_is_asked_rarely() -> None:
     rota = Rota()
     asked = [rota.due(moment / 10) for moment in range(601)]
-    assert [m for m, w in enumerate(asked) if w.energy] == [0, 300, 600]
-    assert sum(w.processes for w in asked) == 61
+    assert [m for m, w in enumerate(asked) if w.energy] == [0, 600]
+    assert sum(w.often for w in asked) == 61
     pcie = [m for m, w in enumerate(asked) if w.pcie]
-    assert pcie[:4] == [0, 1, 50, 51], "two neighbouring moments, every five seconds"
+    assert pcie[:3] == [0, 100, 200]
 
 
 # -- the reader --------------------------------------------------------------------------------------------------
@@ -319,8 +323,9 @@ def test_pcie_counters_that_wrap() -> None:
     def at(moment: float, sent: int | None, received: int | None) -> Sample:
         return Sample(time_s=moment, monotonic_s=moment, gpu="A", pcie_tx_bytes=sent, pcie_rx_bytes=received)
 
-    samples = [at(0.0, 2**32 - 2**20, 0), at(0.25, 2**20, 2**20), at(0.5, None, None), at(2.0, 5, 5)]
-    assert pcie_mib_per_s(samples, "A") == ((0.25, 8.0, 4.0),)
+    samples = [at(0.0, 2**32 - 2**20, 0), at(2**-5, 2**20, 2**20), at(0.06, None, None), at(2.0, 5, 5)]
+    samples += [at(2.1, 2**30, 5)]
+    assert pcie_mib_per_s(samples, "A") == ((2**-5, 64.0, 32.0),), "a tenth of a second apart is too far"
     assert pcie_mib_per_s(samples, "B") == ()
 
 

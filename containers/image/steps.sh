@@ -6,7 +6,8 @@ set -eu
 STACK=/opt/stack
 LAB=/tmp/lab # where the Dockerfile mounts what a step needs
 UV=$LAB/uv
-export UV_CACHE_DIR=$LAB/cache UV_LINK_MODE=copy UV_NO_PROGRESS=1 UV_PYTHON_INSTALL_DIR=/opt/python UV_NO_CONFIG=1
+export UV_CACHE_DIR=$LAB/cache UV_LINK_MODE=copy UV_NO_PROGRESS=1 UV_NO_CONFIG=1
+export UV_PYTHON_INSTALL_DIR=/opt/python UV_PYTHON_INSTALL_BIN=0
 export PYTHONHASHSEED=0 PYC_INVALIDATION_MODE=UNCHECKED_HASH
 CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
 if [ -s "$CERTIFICATES" ]; then export UV_SYSTEM_CERTS=true; fi
@@ -29,7 +30,17 @@ base() {
         "$UV" python install "$PYTHON"
         interpreter=$("$UV" python find --managed-python "$PYTHON")
     fi
+    standard_library "$interpreter"
     "$UV" venv --quiet --python "$interpreter" "$STACK"
+}
+
+# Some Pythons come without bytecode, and a user who may not write it would compile at every start.
+standard_library() {
+    folder=$("$1" -I -c 'import os; print(os.path.dirname(os.__file__))')
+    if [ -z "$(find "$folder/__pycache__" -name 'os.*.pyc' 2> /dev/null)" ]; then
+        "$1" -I -m compileall -q -x '/(test|tests|lib2to3|site-packages|dist-packages)/' \
+            --invalidation-mode unchecked-hash "$folder"
+    fi
 }
 
 # The path of a Python if it is there and no pre-release: Ubuntu 22.04 has 3.11.0rc1.
@@ -66,7 +77,7 @@ smoke() {
 
 # Date what this step wrote: files, links, folders, and folders in which something was written.
 date_all() {
-    rm -f "$STACK/.lock" # uv's, which everyone may write to
+    rm -f "$STACK/.lock" "$UV_PYTHON_INSTALL_DIR/.lock" # uv's, which everyone may write to
     find / -xdev -cnewer "$START" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +
 }
 

@@ -2,8 +2,9 @@
 trial: gaps, slowed clocks, GPUs that stopped answering, processes that are not ours.
 
 One row is one GPU at one moment. An empty cell means that the GPU does not offer the number or was not asked at that
-moment: processes and NVLink are asked for once a second, PCIe in two neighbouring rows every five seconds, energy
-every thirty and at the end. Counters count from some moment in the past: use differences."""
+moment: utilisation, power, SM clock and reasons are asked for at each; memory, temperature, memory clock, processes and
+NVLink once a second; PCIe in two rows 25 ms apart every ten seconds; energy every minute; everything at start and end.
+Counters count from some moment in the past: use differences."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from lab.errors import LabError
 
 GAP_S = 3.0
+TWICE_S = 0.05
 
 THROTTLES = {
     0x004: "software power cap",
@@ -128,17 +130,14 @@ def gaps(
 
 
 def pcie_mib_per_s(samples: Sequence[Sample], gpu: str) -> tuple[tuple[float, float, float], ...]:
-    """(Unix time, MiB/s sent, MiB/s received by the GPU) for each two neighbouring rows that both have the counters.
-
-    Over 0.1 s a counter of 2^32 bytes wraps at most once up to 41 GB/s (a PCIe 4.0 x16 slot has 32); faster ones
-    read too low.
-    """
+    """(Unix time, MiB/s sent, MiB/s received by the GPU) for each two neighbouring rows, at most `TWICE_S` apart, that
+    both have the counters. So short, counters of 2^32 bytes wrap at most once up to 85 GB/s, more than a slot has."""
     own = [sample for sample in samples if sample.gpu == gpu]
     found: list[tuple[float, float, float]] = []
     for one, two in pairwise(own):
         counters = (one.pcie_tx_bytes, two.pcie_tx_bytes, one.pcie_rx_bytes, two.pcie_rx_bytes)
         seconds = two.monotonic_s - one.monotonic_s
-        if None in counters or not 0 < seconds < 0.5:
+        if None in counters or not 0 < seconds <= TWICE_S:
             continue
         sent, received = (((b or 0) - (a or 0)) % 2**32 for a, b in (counters[:2], counters[2:]))
         found.append((two.time_s, sent / seconds / 2**20, received / seconds / 2**20))

@@ -1,9 +1,9 @@
 """One moment of one GPU through NVML, as the cells of a row of gpu.csv. A GPU that does not answer gives a row that says
 so; the next moment it is asked again.
 
-What is asked how often follows from what it costs (H100, driver 580.159, CPU time of one call): 3 to 12 us for
-utilisation, memory, power, temperature, clocks, reasons; 11 us for processes; 16 us for NVLink counters; 170 us for each
-PCIe counter; 4 ms for the energy counter. nvmlDeviceGetPcieThroughput takes 21 ms of waiting and is not used."""
+What is asked how often follows from what it costs (H100, driver 580.159, CPU time of one call in a loop): 3 us for
+utilisation, power, temperature, a clock, reasons; 12 us for memory, 11 us for processes, 16 us for NVLink counters;
+170 us for each PCIe counter; 4 ms for the energy counter. nvmlDeviceGetPcieThroughput waits for 21 ms; it is not used."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TYPES = {
 class Wants:
     """What to ask at this moment besides the cheap numbers."""
 
-    processes: bool = False
-    nvlink: bool = False
+    often: bool = False
+    """Memory used, temperature, memory clock, processes, NVLink counters."""
     pcie: bool = False
     energy: bool = False
 
@@ -57,7 +57,7 @@ class GpuReader:
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
                 self._choose()
             numbers = self._numbers(self._handle, wants)
-            who = self._processes(self._handle) if wants.processes else ""
+            who = self._processes(self._handle) if wants.often else ""
             return [self.uuid, *numbers, who, ""]
         except pynvml.NVMLError as error:
             self._handle = None
@@ -72,21 +72,23 @@ class GpuReader:
         util = ask(partial(pynvml.nvmlDeviceGetUtilizationRates, handle))
         power_mw = ask(partial(pynvml.nvmlDeviceGetPowerUsage, handle))
         energy_mj = ask(partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)) if wants.energy else None
-        rest = (
-            ask(partial(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)),
-            ask(partial(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM)),
-            ask(partial(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM)),
-            ask(partial(self._reasons, handle)),
-        )
+        used_mib = temperature_c = memory_clock_mhz = None
+        if wants.often:
+            used_mib = memory_mib(handle)[0]
+            temperature_c = ask(partial(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU))
+            memory_clock_mhz = ask(partial(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM))
         return [
             "" if util is None else str(util.gpu),
             "" if util is None else str(util.memory),
-            _cell(memory_mib(handle)[0]),
+            _cell(used_mib),
             "" if power_mw is None else f"{power_mw / 1000:.3f}",
             "" if energy_mj is None else f"{energy_mj / 1000:.3f}",
-            *map(_cell, rest),
+            _cell(temperature_c),
+            _cell(ask(partial(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM))),
+            _cell(memory_clock_mhz),
+            _cell(ask(partial(self._reasons, handle))),
             *_counters(handle, PCIE, ask_it=wants.pcie),
-            *_counters(handle, NVLINK, ask_it=wants.nvlink),
+            *_counters(handle, NVLINK, ask_it=wants.often),
         ]
 
     def _processes(self, handle: Handle) -> str:

@@ -7,6 +7,7 @@ asked for less often: see `Rota`."""
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -24,10 +25,11 @@ from lab.telemetry.gpucsv import COLUMNS
 from lab.telemetry.reader import GpuReader, Wants
 
 HZ = 10.0
-OFTEN_S = 1.0  # processes, NVLink
-PCIE_S = 5.0  # two neighbouring moments each time: the counters wrap at 2^32 bytes, which is a fraction of a second
-RARELY_S = 30.0  # energy; between two readings power tells how it was spread
-EVERYTHING = Wants(processes=True, nvlink=True, pcie=True, energy=True)
+OFTEN_S = 1.0
+PCIE_S = 10.0
+RARELY_S = 60.0  # energy; between two readings power tells how it was spread
+TWICE_S = 0.025  # between two readings of the PCIe counters, which wrap at 2^32 bytes
+EVERYTHING = Wants(often=True, pcie=True, energy=True)
 
 
 class Rota:
@@ -35,18 +37,15 @@ class Rota:
 
     def __init__(self) -> None:
         self._often_s = self._pcie_s = self._rarely_s = 0.0
-        self._second = False
 
     def due(self, now_s: float) -> Wants:
         """What to ask at `now_s` since the start."""
-        often, rarely = now_s >= self._often_s, now_s >= self._rarely_s
-        first = not self._second and now_s >= self._pcie_s
-        wants = Wants(processes=often, nvlink=often, pcie=first or self._second, energy=rarely)
+        often, pcie = now_s >= self._often_s, now_s >= self._pcie_s
+        rarely = now_s >= self._rarely_s
         self._often_s = now_s + OFTEN_S if often else self._often_s
+        self._pcie_s = now_s + PCIE_S if pcie else self._pcie_s
         self._rarely_s = now_s + RARELY_S if rarely else self._rarely_s
-        self._pcie_s = now_s + PCIE_S if first else self._pcie_s
-        self._second = first
-        return wants
+        return Wants(often=often, pcie=pcie, energy=rarely)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -79,13 +78,18 @@ def sample(gpus: Sequence[str], out: TextIO, *, hz: float, stop: Event) -> dict[
     Moments are multiples of 1/hz from the start. One that cannot be kept is missed, not made up for: two rows at
     once would say nothing, and a burst would disturb what is measured.
     """
+    gc.set_threshold(100_000)  # nothing here makes cycles to look for
     readers = [GpuReader(gpu) for gpu in gpus]
     parent = os.getppid()
     start, cpu_start = time.monotonic(), time.process_time()
     period, moment, missed, rows = 1 / hz, 0, 0, 0
     rota = Rota()
     while not stop.is_set() and os.getppid() == parent:
-        rows += _write(readers, out, rota.due(time.monotonic() - start))
+        wants = rota.due(time.monotonic() - start)
+        rows += _write(readers, out, wants)
+        if wants.pcie:
+            stop.wait(min(TWICE_S, period / 4))
+            rows += _write(readers, out, Wants(pcie=True))
         due = int((time.monotonic() - start) / period) + 1
         missed += due - moment - 1
         moment = due
