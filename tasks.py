@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ def checked(function: Callable[[], int]) -> None:
         code = function()
     except LabError as error:
         raise Exit(f"error: {error}", code=1) from None
+    except BrokenPipeError:  # the reader of our output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Exit(code=1) from None
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", 2)  # SIGTERM and SIGHUP arrive as a KeyboardInterrupt that says so
         raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None

@@ -182,6 +182,7 @@ def _check_machine(prepared: Prepared) -> None:
     driver = prepared.hardware.driver
     every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
     check_driver(prepared.stack, driver=driver.version if driver else "", stacks=every)
+    Ledger(places.state()).check_writable()
     available = psutil.virtual_memory().available / 1e9
     check_resources(prepared.stack, memory_available_gb=available)
     if prepared.site.port:

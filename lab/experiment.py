@@ -10,9 +10,12 @@ import hashlib
 import importlib.util
 import math
 import re
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin, get_type_hints
+
+import msgspec
 
 from lab.claims import Capability, Claim, Op, Reduce, Rows, Table
 from lab.errors import LabError, unknown_name
@@ -98,6 +101,12 @@ def load_experiment(name: str, *, folder: Path) -> Source:
         raise unknown_name("experiment", name, experiment_names(folder))
     text = path.read_text(encoding="utf-8")
     experiment = load_file(path)
+    if experiment.name != name:
+        raise LabError(
+            f"{path.name} says name={experiment.name!r}",
+            why="the command, the run's folder and the file have one name",
+            fix=f"write name={name!r}, or rename the file",
+        )
     return Source(experiment=experiment, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -115,6 +124,22 @@ def load_file(path: Path) -> Experiment:
             why=str(error.msg),
             fix="correct the file",
         ) from error
+    except LabError:
+        raise
+    except Exception as error:  # whatever a person's file may raise
+        line = next(
+            (
+                f.lineno
+                for f in reversed(traceback.extract_tb(error.__traceback__))
+                if f.filename == str(path)
+            ),
+            "?",
+        )
+        raise LabError(
+            f"{path.name} cannot be read: {type(error).__name__} in line {line}",
+            why=str(error),
+            fix="correct the file",
+        ) from error
     experiment = getattr(module, "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
         raise LabError(
@@ -122,8 +147,33 @@ def load_file(path: Path) -> Experiment:
             why="the lab looks for a module-level EXPERIMENT = Experiment(...)",
             fix="copy lab/experiments/radix.py and change it",
         )
+    _check_types(experiment, where=path.name)
     check(experiment)
     return experiment
+
+
+def _check_types(experiment: Experiment, *, where: str) -> None:
+    """A value of the wrong type must not be found out after the measurement."""
+    parts: list[tuple[str, object, object]] = []
+    for field in fields(Experiment):
+        value = getattr(experiment, field.name)
+        if field.name in ("variants", "loads", "claims", "published"):
+            items = value if isinstance(value, tuple) else (value,)
+            parts += [(f"{field.name}: {getattr(item, 'name', item)!r}", item, type(item)) for item in items]
+        parts.append((field.name, value, get_type_hints(Experiment)[field.name]))
+    for name, value, wanted in parts:
+        try:
+            if is_dataclass(wanted):
+                msgspec.convert(msgspec.to_builtins(value), wanted)
+            elif get_origin(wanted) is tuple:
+                if not isinstance(value, tuple) or not all(isinstance(v, get_args(wanted)[0]) for v in value):
+                    raise msgspec.ValidationError(f"Expected a tuple of {get_args(wanted)[0].__name__}")
+            else:
+                msgspec.convert(value, wanted)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise LabError(
+                f"{where}: {name} is not what it should be", why=str(error), fix="correct the file"
+            ) from error
 
 
 def check(experiment: Experiment) -> None:

@@ -55,6 +55,8 @@ def site_names(folder: Path) -> tuple[str, ...]:
 def load_site(name: str, *, folder: Path) -> Site:
     """The site called `name`, or the one in the TOML file of that path; CPUs are detected where not given."""
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if name.endswith(".toml") and not path.is_file():
+        raise LabError(f"there is no site file {name}", why="no such file", fix="name one that is there")
     if not path.is_file():
         raise unknown_name("site", name, site_names(folder))
     try:

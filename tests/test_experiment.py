@@ -216,3 +216,32 @@ def test_loads_of_a_variant() -> None:
     names = [load.name for load in RADIX.experiment.loads_of("cache-off")]
     assert "pressure" not in names
     assert {"warmup", "chat", "shared"} <= set(names)
+
+
+# ---- files that cannot be used
+
+GOOD = (places.EXPERIMENTS / "radix.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('question="', 'question=1 and "', None),
+        ("repeats=3", "repeats='3'", "repeats is not what it should be"),
+        ('name="cache-on"', "name=7", "variants: 7 is not what it should be"),
+        ("threshold=0.9", 'threshold="0.9"', "is not what it should be"),
+        ("EXPERIMENT = ", "raise OSError('no disk')\nEXPERIMENT = ", "OSError in line"),
+        ("EXPERIMENT = ", "import nothing_of_this_name\nEXPERIMENT = ", "ModuleNotFoundError in line"),
+        ('name="radix"', 'name="radiks"', "says name='radiks'"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path: Path, old: str, new: str, problem: str | None) -> None:
+    text = (
+        GOOD if old in GOOD else GOOD.replace("EXPERIMENT = Experiment(", f"EXPERIMENT = Experiment({old},")
+    )
+    (tmp_path / "radix.py").write_text(text.replace(old, new, 1), encoding="utf-8")
+    if problem is None:
+        load_experiment("radix", folder=tmp_path)
+        return
+    with pytest.raises(LabError, match=re.escape(problem)):
+        load_experiment("radix", folder=tmp_path)

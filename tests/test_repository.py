@@ -26,7 +26,9 @@ REGISTRIES = [
 ]
 # /opt/stack, /opt/python and /home/lab are places inside the images.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.}\])*/])/(?:" + "|".join(("root", "home", "work", "opt", "Users")) + r")/(?!stack|python|lab\b)[\w.]"
+    r"(?<![\w.}\])*/])/(?:"
+    + "|".join(("root", "home", "work", "opt", "Users"))
+    + r")/(?!stack|python|lab\b)[\w.]"
 )
 
 

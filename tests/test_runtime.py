@@ -791,7 +791,7 @@ def test_an_empty_or_missing_folder_needs_no_sweep(bench: Bench) -> None:
 
 def test_a_ledger_that_cannot_be_written_is_the_users_to_mend(bench: Bench) -> None:
     bench.state.write_text("a file where the folder should be")
-    with pytest.raises(LabError, match="cannot make the folder"), bench.runtime():
+    with pytest.raises(LabError, match="cannot be written"), bench.runtime():
         pytest.fail("the block must not be entered")
 
 

@@ -41,7 +41,7 @@ def test_unknown_site_lists_the_known_ones() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="unknown site"):
+    with pytest.raises(LabError, match="there is no site file"):
         load_site(str(tmp_path / "none.toml"), folder=places.SITES)
 
 

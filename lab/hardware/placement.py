@@ -102,7 +102,7 @@ def _choose(
     """GPUs in rank order, why these, and what would be worse."""
     if request.tp == 0:
         return (), "no GPU asked for", ()
-    whole = [gpu.index for gpu in hardware.gpus ]
+    whole = [gpu.index for gpu in hardware.gpus if not gpu.mig]
     taken = frozenset(gpu.index for gpu in hardware.gpus if gpu.uuid in busy)
     free = frozenset(whole) - taken
     chosen = _best(fabric, request, free, near=near)

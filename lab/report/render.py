@@ -12,6 +12,8 @@ import pandas as pd
 
 from lab.claims import Measure, Verdict
 from lab.experiment import Experiment, load_file
+from lab.hardware.model import read_hardware
+from lab.hardware.sysfs import format_list
 from lab.judge import judge, samples
 from lab.metrics import METRICS
 from lab.plan import Plan, read_plan
@@ -107,7 +109,36 @@ def _markdown(
         environment=environment,
         metrics=METRICS,
         loads=_steps(plan),
+        gpus=_gpus(run, plan),
+        seats=_seats(plan),
     )
+
+
+def _gpus(run: Run, plan: Plan) -> str:
+    """The GPUs that the run's servers had, in words; empty where they had none."""
+    used = {gpu for trial in plan.trials for gpu in trial.server.gpus}
+    if not used:
+        return ""
+    if not run.hardware.is_file():
+        return f"{len(used)} GPUs"
+    names = sorted({gpu.name for gpu in read_hardware(run.hardware).gpus if gpu.uuid in used})
+    return f"{len(used)} GPUs ({', '.join(names) or 'not in hardware.json'})"
+
+
+def _seats(plan: Plan) -> list[dict[str, str]]:
+    """What each variant's programs were bound to; nothing for plans of before that was noted."""
+    return [
+        {
+            "variant": trial.variant,
+            "gpus": ", ".join(trial.server.gpus),
+            "server_cpus": format_list(trial.server.cpus),
+            "server_mems": format_list(trial.server.mems),
+            "client_cpus": format_list(trial.client.cpus),
+            "why": trial.placed,
+        }
+        for trial in sorted(plan.trials, key=lambda trial: trial.variant)
+        if trial.repeat == 0 and trial.placed
+    ]
 
 
 def _steps(plan: Plan) -> list[dict[str, object]]:

@@ -3,6 +3,7 @@ nothing while something is being measured, and the engine may come and go meanwh
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from lab.runtime.logtail import last_lines
 
 _SIGNAL_BASE = 128  # a container ended by signal n has exit code 128 + n
 _ASK_AGAIN_S = 0.25
+_OOM = "the kernel killed a process of its container for want of memory"
 _LOST = 125  # what docker itself exits with when it cannot say how a container ended
 
 
@@ -33,6 +35,7 @@ class Contained:
         self._code: int | None = None
         self._state: State | None = None
         self._gone_since: float | None = None
+        self._was_away = False
         self._gone_why = ""
         self.ended = threading.Event()
         threading.Thread(target=self._watch, name=f"wait for {container}", daemon=True).start()
@@ -59,11 +62,19 @@ class Contained:
         if self._gone_why:
             return f"was lost: {self._gone_why}"
         words = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        if self._state is not None and self._state.oom:
-            words += "; the kernel killed a process of its container for want of memory"
-        if self._state is not None and self._state.error:
-            words += f"; {self._state.error}"
-        return words
+        return words + self.circumstances()
+
+    def circumstances(self) -> str:
+        """What the engine knows besides, in words that go on after a reason; empty if there is nothing to say."""
+        state, words = self._state, ""
+        if not self.ended.is_set():
+            with contextlib.suppress(EngineError):
+                state = self._engine.state(self.id)
+        if state is not None and state.oom:
+            words += f"; {_OOM}"
+        if state is not None and state.error:
+            words += f"; {state.error}"
+        return words + ("; the Docker engine was away meanwhile" if self._was_away else "")
 
     def log_end(self) -> tuple[str, ...]:
         """The last lines of its log; where it has none, of what the engine keeps (a shell's complaint)."""
@@ -89,6 +100,7 @@ class Contained:
     def _wait_for_engine(self, why: str) -> None:
         now = time.monotonic()
         self._gone_since = self._gone_since or now
+        self._was_away = True
         if now - self._gone_since > self._lost_s:
             self._gone_why = why
             self._code = _LOST

@@ -14,16 +14,17 @@ from types import TracebackType
 from lab.boxes import VALUES, Folders, Names, container
 from lab.container import OWNER_LABEL, Container, Setup
 from lab.plan import Process
-from lab.runtime.base import Command, How, Program, StartFailed, Stopped
+from lab.runtime.base import Command, How, NeverReady, Program, StartFailed, Stopped
 from lab.runtime.contained import Contained
 from lab.runtime.engine import Engine, EngineError, EngineGone, Thing
 from lab.runtime.interrupt import Interrupts
 from lab.runtime.owner import from_label, is_dead, me
-from lab.runtime.waiting import Say, first_ended, until_ready
+from lab.runtime.waiting import Say, died_while_starting, first_ended, until_ready
 
 _LOST_S = 20.0  # a restarted engine is back in two or three
 _RETURN_S = 30.0  # how long the clean-up waits for an engine that does not answer
 _KILL_S = 10.0
+_ENDING_S = 2.0
 
 
 class DockerRuntime:
@@ -118,6 +119,8 @@ class DockerRuntime:
             self._engine.start(made)
         except EngineError as error:
             self._forget(made, box)
+            if self._server is not None and network != self._names.network:
+                _raise_if_ended(self._server)  # whose network there is none any more
             raise StartFailed(_explained(str(error), box), name=command.name, phase="start") from None
         program = Contained(
             name=command.name,
@@ -165,18 +168,24 @@ class DockerRuntime:
         try:
             return self._engine.published(_mine(program).id)
         except EngineError as error:
-            reason = f"{program.ending()}: {error}"
+            _raise_if_ended(_mine(program))  # its port goes with it
             raise StartFailed(
-                reason, name=program.name, phase="start", last_lines=program.log_end()
+                str(error), name=program.name, phase="start", last_lines=program.log_end()
             ) from None
 
     # ---- watching and ending
 
     def wait_ready(self, program: Program, *, url: str, deadline_s: float, say: Say | None = None) -> float:
         """As the process runtime's; the port is the engine's own, so nobody else can answer there."""
-        return until_ready(
-            program, url=url, deadline_s=deadline_s, say=say, hurried=lambda: self._interrupts.hurried
-        )
+        try:
+            return until_ready(
+                program, url=url, deadline_s=deadline_s, say=say, hurried=lambda: self._interrupts.hurried
+            )
+        except NeverReady as fault:
+            reason = fault.reason + _mine(program).circumstances()
+            raise NeverReady(
+                reason, name=fault.name, phase=fault.phase, last_lines=fault.last_lines
+            ) from None
 
     def stop(self, program: Program, *, grace_s: float = 20.0) -> Stopped:
         """End the program: SIGINT, SIGTERM, each with `grace_s` seconds, then SIGKILL for the container, which
@@ -234,14 +243,18 @@ def sweep(engine: Engine, say: Callable[[str], None]) -> tuple[Thing, ...]:
     """Remove what dead labs left at the engine, and only that: their containers, networks and volumes.
 
     A thing without an owner's label, or whose owner runs or cannot be seen from here (another machine or
-    container that uses the same engine), stays.
+    container that uses the same engine), stays; so does what the engine does not let go, which is said.
     """
     dead = []
-    for thing in engine.ours():
-        owner = from_label(thing.labels.get(OWNER_LABEL, ""))
-        if owner is not None and is_dead(owner):
-            dead.append(thing)
-    return _remove(engine, dead, say=say)
+    try:
+        for thing in engine.ours():
+            owner = from_label(thing.labels.get(OWNER_LABEL, ""))
+            if owner is not None and is_dead(owner):
+                dead.append(thing)
+        return _remove(engine, dead, say=say)
+    except EngineError as error:
+        say(f"could not look for what killed labs left at the engine: {error}")
+        return ()
 
 
 def caller() -> str:
@@ -264,19 +277,29 @@ def _remove(engine: Engine, things: list[Thing], *, say: Callable[[str], None]) 
 
 def _explained(reason: str, box: Container) -> str:
     """What the engine said, and what it means where that is not plain."""
+    taken = f"port {box.publish} of this machine is in use; the site's file names it (0 takes a free one)"
     for words, meaning in (
         ("No such image", f"the image {box.image} is not there; build it: invoke image.build"),
         ("could not select device driver", "the engine has no NVIDIA container toolkit: see invoke doctor"),
         ("Requested CPUs are not available", "the site's file names CPUs that this machine lacks"),
-        (
-            "Requested memory nodes are not available",
-            "the site's file names NUMA nodes that this machine lacks",
-        ),
+        ("Requested memory nodes are not", "the site's file names NUMA nodes that this machine lacks"),
         ("is already in use by container", "a container of that name exists: see docker ps --all"),
+        ("address already in use", taken),
+        ("port is already allocated", taken),
+        (
+            "unknown device",
+            "NVIDIA's container toolkit does not know a GPU that the plan names: see nvidia-smi -L",
+        ),
     ):
         if words in reason:
             return f"{meaning} ({reason})"
     return f"the engine did not start it: {reason}"
+
+
+def _raise_if_ended(program: Contained) -> None:
+    """What the engine refused may have come from the program's end, of which we hear a moment later."""
+    if program.ended.wait(_ENDING_S):
+        raise died_while_starting(program) from None
 
 
 def _mine(program: Program) -> Contained:

@@ -24,24 +24,32 @@ def shared_folder() -> Path:
 def gpus_locked(uuids: Sequence[str], *, run_id: str, folder: Path) -> Iterator[None]:
     """Hold the GPUs while the block runs; `LabError` naming the other run when one of them is taken."""
     with ExitStack() as held:
-        if uuids:
-            _make(folder)
-        for uuid in sorted(uuids):  # one order for all labs, so that no two wait for each other
-            file = folder / f"{uuid}.lock"
-            lock = FileLock(file, mode=0o666, timeout=0)
-            try:
-                held.enter_context(lock)
-            except Timeout:
-                raise _taken(uuid, folder=folder) from None
-            except OSError as error:
-                raise LabError(
-                    f"GPU {uuid} cannot be locked",
-                    why=f"{error.strerror}: {error.filename}",
-                    fix=f"see that {folder} can be written by everybody who uses the GPUs",
-                ) from error
-            held.callback(_holder(uuid, folder=folder).unlink, missing_ok=True)
-            _holder(uuid, folder=folder).write_text(f"run {run_id}, pid {os.getpid()}\n", encoding="utf-8")
+        try:
+            if uuids:
+                _make(folder)
+            for uuid in sorted(uuids):  # one order for all labs, so that no two wait for each other
+                _lock(uuid, held=held, run_id=run_id, folder=folder)
+        except OSError as error:
+            raise LabError(
+                "the GPUs cannot be locked",
+                why=f"{error.strerror}: {error.filename}",
+                fix=f"see that {folder} is a folder and can be written by everybody who uses the GPUs",
+            ) from error
         yield
+
+
+def _lock(uuid: str, *, held: ExitStack, run_id: str, folder: Path) -> None:
+    try:
+        held.enter_context(FileLock(folder / f"{uuid}.lock", mode=0o666, timeout=0))
+    except Timeout:
+        raise _taken(uuid, folder=folder) from None
+    holder = _holder(uuid, folder=folder)
+    held.callback(holder.unlink, missing_ok=True)
+    holder.unlink(
+        missing_ok=True
+    )  # a killed lab's, which may be another user's: it cannot be written, but removed
+    holder.write_text(f"run {run_id}, pid {os.getpid()}\n", encoding="utf-8")
+    holder.chmod(0o644)  # whatever the umask: others are to read it
 
 
 def _make(folder: Path) -> None:

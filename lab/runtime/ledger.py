@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,18 +103,24 @@ class Ledger:
     def __init__(self, state_dir: Path) -> None:
         self._folder = state_dir
 
+    def check_writable(self) -> None:
+        """Make the folder; `LabError` when nothing can be written there."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise LabError(
+                f"the folder {self._folder} cannot be written",
+                why=f"{error.strerror}; the lab notes there what it starts, to end it even if it is killed",
+                fix="make it writable, or set XDG_STATE_HOME to another one",
+            ) from error
+
     def open(self, *, run_id: str) -> Record:
         """A new file for one runtime of this process; raises `LabError` when it cannot be written."""
         token = secrets.token_hex(8)
         entry = _Entry(run_id=run_id, mark=f"{run_id}/{token}", owner=me(), processes=())
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LabError(
-                f"cannot make the folder {self._folder}",
-                why=str(error.strerror),
-                fix="make its parent writable",
-            ) from error
+        self.check_writable()
         record = Record(self._folder / f"lab-{token}.json", entry)
         record._write()
         return record
