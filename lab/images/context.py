@@ -182,7 +182,7 @@ def _texts(stack: Stack, *, context: Context, options: Options) -> dict[str, str
         "stack": stack.name,
         "lock": stack.lock_hash,
         **_stated(stack, bare=options.bare),
-        "env": dict(stack.env),
+        "env": {key: value.replace("${STACK}", "/opt/stack") for key, value in stack.env},
         "imports": stack.imports,
         "command": stack.command,
         "server_args": (*stack.server_args, *stack.observe_args),
