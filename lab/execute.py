@@ -6,6 +6,7 @@ reason and last log lines, and the next one goes on; nothing of ours survives, h
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -15,17 +16,15 @@ from pathlib import Path
 from lab import scratch
 from lab.client import ClientHost
 from lab.errors import LabError
+from lab.gpuwatch import GpuWatch
 from lab.plan import LoadStep, Plan, Process, Trial, fill
 from lab.progress import Progress
-from lab.read import prom
 from lab.rundir import LoadFiles, Run, TrialFiles, read_json, seal, write_json, write_text
 from lab.runtime.base import Command, ProcessFault, Program, Runtime, StartFailed, Stopped, Waiting
 from lab.server import Server, ServerError
 
 # Two servers in a row that do not start will not be followed by one that does: the run stops there.
 START_FAILURES_IN_A_ROW = 2
-COUNTERS_SETTLE_S = 5.0
-COUNTER = "sglang:num_requests_total"
 
 
 class ClientError(Exception):
@@ -48,6 +47,7 @@ class Progressing:
     phase: str = "start"
     port: int = 0
     listens: int = 0
+    gpu_pids: tuple[int, ...] = ()
     ready_s: float | None = None
     processes: list[Program] = field(default_factory=list)
 
@@ -66,7 +66,23 @@ class _Place:
 
 
 def execute(plan: Plan, run: Run, *, runtime: Runtime, progress: Progress) -> Outcome:
-    """Run every trial of the plan that is not ok yet, then seal the raw part. Safe to call again to resume."""
+    """Run every trial of the plan that is not ok yet, then seal the raw part. Safe to call again to resume.
+
+    `LabError` when the disk is full: then not even that a trial failed can be written down.
+    """
+    try:
+        return _execute(plan, run, runtime=runtime, progress=progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LabError(
+            "the disk with the run is full",
+            why=f"{error.strerror}: {error.filename or run.path}",
+            fix=f"make room, then repeat what is missing: invoke exp.{plan.experiment} --resume",
+        ) from error
+
+
+def _execute(plan: Plan, run: Run, *, runtime: Runtime, progress: Progress) -> Outcome:
     ok = failed = in_a_row = 0
     with runtime:
         try:
@@ -111,9 +127,19 @@ def run_trial(
     began = _now()
     write_json(files.status, {"status": "running", "phase": "start", "started": began})
     stops: list[Stopped] = []
+    watch = GpuWatch(trial.server.gpus, out=files.gpus, log=files.sampler_log, cpus=trial.sampler_cpus)
     fault: BaseException | None = None
     try:
-        _serve(plan, trial, files, folder=folder, runtime=runtime, progress=progress, title=title, at=at)
+        watch.start()
+        _serve(
+            *(plan, trial, files),
+            folder=folder,
+            runtime=runtime,
+            progress=progress,
+            title=title,
+            at=at,
+            watch=watch,
+        )
     except (ProcessFault, ServerError, ClientError) as error:
         fault = error
     except BaseException as error:
@@ -124,6 +150,7 @@ def run_trial(
         progress.live(f"{title}: stopping")
         for process in reversed(at.processes):
             stops.append(runtime.stop(process, grace_s=plan.stop_s))
+        still_used = watch.stop()
         shutil.rmtree(folder, ignore_errors=True)
         write_json(
             files.status,
@@ -137,6 +164,7 @@ def run_trial(
                 "port": at.port,
                 "listens": at.listens,
                 "ready_s": at.ready_s,
+                **({"gpu_pids": list(at.gpu_pids), "gpus_left": still_used} if trial.server.gpus else {}),
                 "stopped": [
                     {"name": s.name, "how": s.how, "seconds": round(s.seconds, 2), "exit_code": s.exit_code}
                     for s in stops
@@ -156,6 +184,7 @@ def _serve(
     progress: Progress,
     title: str,
     at: Progressing,
+    watch: GpuWatch,
 ) -> None:
     values = {**plan.places, **runtime.values(trial=files.path, scratch=folder, port=plan.port), "LOAD": ""}
     at.listens = int(values["PORT"])
@@ -173,6 +202,7 @@ def _serve(
 
     url = f"http://127.0.0.1:{at.port}/health"
     at.ready_s = runtime.wait_ready(server, url=url, deadline_s=plan.ready_s, say=starting)
+    at.gpu_pids = watch.pids()
     host.wait_ready(deadline_s=plan.ready_s, watch=(server,))
     api = Server(at.port)
     try:
@@ -203,25 +233,13 @@ def _load(
     write_text(files.before, before)
     argv = tuple(fill(word, {**place.values, "LOAD": place.inside(files.path)}) for word in step.argv)
     done = host.run(argv, log=place.inside(files.log), deadline_s=plan.load_s, watch=(server,))
-    write_text(files.after, _settled_metrics(api, before=before, requests=step.requests))
+    write_text(files.after, api.settled_metrics(before=before, requests=step.requests))
     write_json(files.status, {"exit": done.exit, "started": done.started, "ended": done.ended})
     if done.exit != 0:
         log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
         raise ClientError(
             "\n".join([f"the client of load {step.name!r} ended with exit code {done.exit}", *log])
         )
-
-
-def _settled_metrics(api: Server, *, before: str, requests: int) -> str:
-    """The metrics once every request is counted; the server counts a moment after it has answered."""
-    deadline = time.monotonic() + COUNTERS_SETTLE_S
-    start = prom.value(prom.parse(before), COUNTER, default=0)
-    while True:
-        text = api.metrics()
-        counted = prom.value(prom.parse(text), COUNTER, default=0) - start
-        if counted >= requests or time.monotonic() > deadline:
-            return text
-        time.sleep(0.05)
 
 
 def _command(

@@ -94,6 +94,7 @@ class Trial:
     client: Process
     loads: tuple[LoadStep, ...]
     placed: str = ""
+    sampler_cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,7 @@ def _trials(
                         mems=seat.client_mems,
                     ),
                     placed=seat.reason,
+                    sampler_cpus=seat.sampler_cpus,
                     loads=tuple(
                         _step(load, repeat=repeat, cache_on=cache_on)
                         for load in experiment.loads_of(variant.name)

@@ -107,6 +107,15 @@ class TrialFiles:
         return self.path / "server_info.json"
 
     @property
+    def gpus(self) -> Path:
+        """Samples of the GPUs."""
+        return self.path / "gpu.csv"
+
+    @property
+    def sampler_log(self) -> Path:
+        return self.path / "sampler.log"
+
+    @property
     def export(self) -> Path:
         """Folder with the server's own record of each request."""
         return self.path / "export"

@@ -27,6 +27,7 @@ class Seat:
     server_mems: tuple[int, ...] = ()
     client_cpus: tuple[int, ...] = ()
     client_mems: tuple[int, ...] = ()
+    sampler_cpus: tuple[int, ...] = ()
     reason: str = ""
 
 
@@ -114,6 +115,7 @@ def _site_first(found: Placement, *, gpus: tuple[str, ...], site: Site, reason: 
             server_mems=site.server_mems,
             client_cpus=site.client_cpus,
             client_mems=site.client_mems,
+            sampler_cpus=tuple(cpu for cpu in found.sampler_cpus if cpu not in site.server_cpus),
             reason="CPUs and memory nodes as the site's file says",
         )
     return Seat(
@@ -122,6 +124,7 @@ def _site_first(found: Placement, *, gpus: tuple[str, ...], site: Site, reason: 
         server_mems=site.server_mems or found.mems,
         client_cpus=found.client_cpus,
         client_mems=site.client_mems or found.client_mems,
+        sampler_cpus=found.sampler_cpus,
         reason=reason,
     )
 

@@ -7,7 +7,11 @@ import time
 
 import httpx
 
+from lab.read import prom
+
 FLUSH_WAIT_S = 30.0
+COUNTERS_SETTLE_S = 5.0
+COUNTER = "sglang:num_requests_total"
 
 
 class ServerError(Exception):
@@ -28,6 +32,17 @@ class Server:
     def metrics(self) -> str:
         """The Prometheus text of `/metrics`."""
         return self._get("/metrics").text
+
+    def settled_metrics(self, *, before: str, requests: int) -> str:
+        """The metrics once every request is counted; the server counts a moment after it has answered."""
+        deadline = time.monotonic() + COUNTERS_SETTLE_S
+        start = prom.value(prom.parse(before), COUNTER, default=0)
+        while True:
+            text = self.metrics()
+            counted = prom.value(prom.parse(text), COUNTER, default=0) - start
+            if counted >= requests or time.monotonic() > deadline:
+                return text
+            time.sleep(0.05)
 
     def info(self) -> dict[str, object]:
         """The server's own arguments and state: `/server_info`, before 0.5.6 `/get_server_info`."""

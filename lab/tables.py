@@ -11,6 +11,8 @@ import pyarrow as pa
 from pyarrow import csv
 
 from lab.errors import LabError
+from lab.gpurows import COLUMNS as GPU_COLUMNS
+from lab.gpurows import read_gpus
 from lab.loads import KEYS, LOAD_COLUMNS, METRIC_COLUMNS, Row, group_table, keys_of, read_load
 from lab.plan import Trial, read_plan
 from lab.read import serverlog
@@ -33,9 +35,10 @@ class Rows:
     batches: list[pd.DataFrame] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
     checks: list[Row] = field(default_factory=list)
+    gpus: list[Row] = field(default_factory=list)
 
     def add(self, other: Rows) -> None:
-        for name in ("trials", "loads", "requests", "batches", "metrics", "checks"):
+        for name in ("trials", "loads", "requests", "batches", "metrics", "checks", "gpus"):
             getattr(self, name).extend(getattr(other, name))
 
 
@@ -54,6 +57,8 @@ def tabulate(run: Run) -> dict[str, pd.DataFrame]:
         "groups": group_table(requests),
         "checks": pd.DataFrame(rows.checks, columns=["trial", "load", "name", "ok", "detail"]),
     }
+    if rows.gpus:  # a run without GPUs has no such table
+        tables["gpus"] = pd.DataFrame(rows.gpus, columns=list(GPU_COLUMNS))
     run.tables.mkdir(exist_ok=True)
     for name, table in tables.items():
         _write(table, run, name)
@@ -128,6 +133,7 @@ def _measured(trial: Trial, files: TrialFiles, status: dict[str, object]) -> tup
     log = serverlog.read(files.server_log)
     windows = {step.name: _window(files, step.name) for step in trial.loads}
     records, unread = read_export(files.export, windows)
+    tokens: dict[str, float] = {}
     for step in trial.loads:
         start, end = windows[step.name]
         load = read_load(
@@ -140,11 +146,16 @@ def _measured(trial: Trial, files: TrialFiles, status: dict[str, object]) -> tup
         )
         rows.loads.append({**keys_of(trial, step), **load.numbers})
         rows.metrics += load.metrics
+        tokens[step.name] = float(load.requests["completion_tokens"].sum()) if len(load.requests) else 0.0
         if len(load.requests):
             rows.requests.append(load.requests)
         unread += load.notes
         checks += [(step.name, check) for check in load_checks(step, load.numbers, load.requests)]
     rows.batches.append(_batches(trial, log, windows))
+    seen, found, problems = read_gpus(trial, files, status, windows=windows, tokens=tokens)
+    rows.gpus += seen
+    checks += [("", check) for check in found]
+    unread += problems
     if log.crashes():
         checks.append(("", Check(name="server did not crash", ok=False, detail=str(log.crashes()[0].values))))
     unread += [f"server.log line {u.line}: {u.reason}" for u in log.unreadable]

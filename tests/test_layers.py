@@ -94,6 +94,7 @@ ORDER = (
         "lab.progress",
         "lab.server",
         "lab.client",
+        "lab.gpuwatch",
         "lab.execute",
     ),
     *(
@@ -102,6 +103,7 @@ ORDER = (
         "lab.read.requestlog",
         "lab.loads",
         "lab.validity",
+        "lab.gpurows",
         "lab.tables",
         "lab.stats",
         "lab.judge",

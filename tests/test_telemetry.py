@@ -145,6 +145,16 @@ def test_a_gpu_that_is_lost_and_returns_leaves_the_others_alone(tmp_path: Path) 
     assert back[-1].power_w == 62.0
 
 
+def test_a_gpu_that_returns_elsewhere_is_found_by_its_uuid(tmp_path: Path) -> None:
+    swapped = (f"gpu 1 uuid {PLAN_BOX.uuid(6)}", f"gpu 6 uuid {GPU1}", "gpu 6 power_mw 99000")
+    with running(tmp_path, gpus=(GPU1,)) as sampler:
+        sampler.until(lambda found: found)
+        sampler.made.write(PLAN_BOX.with_lines(f"gpu 1 fail {LOST}"))
+        sampler.until(lambda found: found[-1].problem)
+        sampler.made.write(PLAN_BOX.with_lines(*swapped))
+        assert sampler.until(lambda found: not found[-1].problem)[-1].power_w == 99.0
+
+
 def test_what_a_gpu_does_not_offer_is_empty(tmp_path: Path) -> None:
     lacks = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTotalEnergyConsumption")
     lines = (f"reply nvmlDeviceGetPowerUsage 0 {NOT_SUPPORTED}", "gpu 4 reasons 8")
@@ -214,9 +224,13 @@ def test_it_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         time.sleep(0.02)
     parent.kill()
     parent.communicate()
-    while _alive(child):
-        assert time.monotonic() < deadline, "the sampler outlived its parent"
-        time.sleep(0.02)
+    try:
+        while _alive(child):
+            assert time.monotonic() < deadline, "the sampler outlived its parent"
+            time.sleep(0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def _alive(pid: int) -> bool:

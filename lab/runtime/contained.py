@@ -66,14 +66,13 @@ class Contained:
 
     def circumstances(self) -> str:
         """What the engine knows besides, in words that go on after a reason; empty if there is nothing to say."""
-        state, words = self._state, ""
+        state = self._state
+        oom = state is not None and state.oom
         if not self.ended.is_set():
             with contextlib.suppress(EngineError):
-                state = self._engine.state(self.id)
-        if state is not None and state.oom:
-            words += f"; {_OOM}"
-        if state is not None and state.error:
-            words += f"; {state.error}"
+                oom = self._engine.oom_noted(self.id)
+        words = f"; {_OOM}" if oom else ""
+        words += f"; {state.error}" if state is not None and state.error else ""
         return words + ("; the Docker engine was away meanwhile" if self._was_away else "")
 
     def log_end(self) -> tuple[str, ...]:

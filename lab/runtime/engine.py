@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -107,6 +108,14 @@ class Engine:
         began = state["Status"] != "created"
         code = None if running or not began else int(state["ExitCode"])
         return State(running=running, exit_code=code, oom=bool(state["OOMKilled"]), error=str(state["Error"]))
+
+    def oom_noted(self, container_id: str) -> bool:
+        """Whether the kernel killed one of the container's processes for want of memory, as far as the engine
+        remembers. While a container runs its state does not tell."""
+        only = {"container": container_id, "event": "oom"}
+        with _words():
+            noted = self._client.api.events(since=0, until=f"{time.time():.6f}", filters=only, decode=True)
+            return any(True for _ in noted)
 
     def wait(self, container_id: str, *, limit_s: float | None = None) -> int:
         """Block until the container has ended; its exit code. Over a connection of its own, so that a thread

@@ -84,7 +84,7 @@ def sample(gpus: Sequence[str], out: TextIO, *, hz: float, stop: Event) -> dict[
     start, cpu_start = time.monotonic(), time.process_time()
     period, moment, missed, rows = 1 / hz, 0, 0, 0
     rota = Rota()
-    while not stop.is_set():
+    while not stop.is_set() and os.getppid() == parent:
         wants = rota.due(time.monotonic() - start)
         rows += _write(readers, out, wants)
         if wants.pcie:
