@@ -21,6 +21,7 @@ from lab.plan import LoadStep, Plan, Process, Trial, fill
 from lab.progress import Progress
 from lab.rundir import LoadFiles, Run, TrialFiles, read_json, seal, write_json, write_text
 from lab.runtime.base import Command, ProcessFault, Program, Runtime, StartFailed, Stopped, Waiting
+from lab.runtime.waiting import end_behind
 from lab.server import Server, ServerError
 
 # Two servers in a row that do not start will not be followed by one that does: the run stops there.
@@ -140,8 +141,10 @@ def run_trial(
             at=at,
             watch=watch,
         )
-    except (ProcessFault, ServerError, ClientError) as error:
+    except ProcessFault as error:
         fault = error
+    except (ServerError, ClientError) as error:
+        fault = end_behind(at.processes[0]) or error
     except BaseException as error:
         fault = error
         raise

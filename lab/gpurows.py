@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 
+from lab.errors import LabError
+from lab.hardware.model import Gpu, Hardware, read_hardware
+from lab.hardware.nvml import IDLE_MIB
 from lab.plan import Trial
-from lab.rundir import TrialFiles
+from lab.rundir import Run, TrialFiles
 from lab.telemetry.gpucsv import Sample, gaps, read_samples, strangers, throttle_names
 from lab.validity import Check
 
@@ -19,6 +22,16 @@ COLUMNS = (
     *("sm_util_pct", "memory_util_pct", "memory_used_mib", "power_w", "temperature_c", "sm_clock_mhz"),
     *("energy_j", "output_tokens", "j_per_output_token"),
 )
+UNTESTED = "untested: "
+"""How the detail of a check begins that nothing speaks against, and that could not be made here."""
+
+
+def machine_of(run: Run) -> Hardware | None:
+    """The machine of the run; None where it was not noted or cannot be read, which costs names, not the report."""
+    try:
+        return read_hardware(run.hardware) if run.hardware.is_file() else None
+    except LabError:
+        return None
 
 
 def read_gpus(
@@ -28,10 +41,12 @@ def read_gpus(
     *,
     windows: Windows,
     tokens: Mapping[str, float],
+    machine: Hardware | None,
 ) -> tuple[list[Row], list[Check], list[str]]:
-    """Rows, checks and what could not be read. `windows` are the loads in Unix time, `tokens` their output tokens.
+    """Rows, checks and what could not be read. `windows` are the loads in Unix time, `tokens` their output tokens,
+    `machine` says how the clocks were set.
 
-    Nothing at all for a trial without GPUs.
+    Nothing at all for a trial without GPUs. `LabError` when gpu.csv is not one.
     """
     gpus = trial.server.gpus
     if not gpus:
@@ -39,10 +54,9 @@ def read_gpus(
     if not files.gpus.is_file():
         return [], [Check(name="GPUs were watched", ok=False, detail="there is no gpu.csv")], []
     samples, problems = read_samples(files.gpus)
+    by_gpu = {gpu: [sample for sample in samples if sample.gpu == gpu] for gpu in gpus}
     rows = [
-        _row(
-            trial, load, gpu, [s for s in samples if s.gpu == gpu and start <= s.time_s <= end], tokens[load]
-        )
+        _row(trial, load, gpu, [s for s in by_gpu[gpu] if start <= s.time_s <= end], tokens[load])
         for load, (start, end) in windows.items()
         for gpu in gpus
     ]
@@ -51,10 +65,12 @@ def read_gpus(
     inside = [sample for sample in samples if start <= sample.time_s <= end]
     pids = status.get("gpu_pids")
     ours = frozenset(int(str(pid)) for pid in pids) if isinstance(pids, list) else frozenset()
+    cards = {gpu.uuid: gpu for gpu in machine.gpus} if machine else {}
     checks = [
         _watched(samples, gpus, start_s=start, end_s=end),
         _answered(inside),
         _not_slowed(inside),
+        *(_clock(gpu, [s for s in inside if s.gpu == gpu], card=cards.get(gpu)) for gpu in gpus),
         _alone(inside, ours=ours),
     ]
     return rows, checks, problems
@@ -98,11 +114,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _watched(samples: Sequence[Sample], gpus: Sequence[str], *, start_s: float, end_s: float) -> Check:
     found = gaps(samples, gpus, start_s=start_s, end_s=end_s)
+    unseen = [
+        gpu for gpu in gpus if not any(s.gpu == gpu and start_s <= s.time_s <= end_s for s in samples)
+    ]  # a load shorter than a gap may not go unseen either
     detail = f"{len(samples)} samples of {len(gpus)} GPUs, none more than 3 s apart"
     if found:
         longest = max(found, key=lambda gap: gap.end_s - gap.start_s)
         detail = f"{len(found)} gaps, the longest of {longest.end_s - longest.start_s:.1f} s on {longest.gpu}"
-    return Check(name="GPUs were watched", ok=not found, detail=detail)
+    elif unseen:
+        detail = f"no sample during the loads of {', '.join(unseen)}"
+    return Check(name="GPUs were watched", ok=not found and not unseen, detail=detail)
 
 
 def _answered(samples: Sequence[Sample]) -> Check:
@@ -120,13 +141,14 @@ POWER_CAP = "software power cap"
 
 
 def _not_slowed(samples: Sequence[Sample]) -> Check:
+    known = [sample for sample in samples if sample.clock_reasons is not None]
     slowed: dict[str, int] = {}
-    for sample in samples:
+    for sample in known:
         for name in throttle_names(sample.clock_reasons or 0):
             slowed[name] = slowed.get(name, 0) + 1
-    words = ", ".join(
-        f"{name} in {count} of {len(samples)} samples" for name, count in sorted(slowed.items())
-    )
+    words = ", ".join(f"{name} in {count} of {len(known)} samples" for name, count in sorted(slowed.items()))
+    if not known:
+        words = f"{UNTESTED}the driver gives no reasons for lower clocks"
     return Check(
         name="GPUs were not slowed",
         ok=not set(slowed) - {POWER_CAP},
@@ -134,11 +156,57 @@ def _not_slowed(samples: Sequence[Sample]) -> Check:
     )
 
 
+BUSY_PCT = 50  # below this utilisation a GPU may rest between kernels, and its clock with it
+CLOCK_SHARE = 0.9
+# By nvmlClocksEventReasons in nvml.h: idle; as application clocks or locked clocks say; power cap. A clock that is low for one
+# of these is as somebody set it, or is said by the check above.
+EXCUSED = 0x001 | 0x002 | 0x004
+
+
+def _clock(gpu: str, samples: Sequence[Sample], *, card: Gpu | None) -> Check:
+    """Was the SM clock of the busy GPU near the application clock, which is what NVML knows of what was asked for?
+    NVML does not tell locked clocks (`nvidia-smi --lock-gpu-clocks`); a lower clock is excused where the driver says
+    that a setting is why."""
+    name = f"clock of {'GPU ' + str(card.index) if card else gpu} was near what is set"
+    wanted = card.sm_clock_set_mhz if card else None
+    if not wanted:
+        detail = f"{UNTESTED}{'the driver does not say which clock is set' if card else 'no hardware.json'}"
+        return Check(name=name, ok=True, detail=detail)
+    clocks = [
+        s.sm_clock_mhz
+        for s in samples
+        if s.sm_clock_mhz is not None
+        and (s.sm_util_pct or 0) >= BUSY_PCT
+        and not (s.clock_reasons or 0) & EXCUSED
+    ]
+    if not clocks:
+        detail = f"{UNTESTED}no sample of a busy GPU whose clock only the setting decided ({wanted} MHz)"
+        return Check(name=name, ok=True, detail=detail)
+    middle = median(clocks)
+    return Check(
+        name=name,
+        ok=middle >= CLOCK_SHARE * wanted,
+        detail=f"median {middle:.0f} MHz in {len(clocks)} samples of a busy GPU, {wanted} MHz set",
+    )
+
+
 def _alone(samples: Sequence[Sample], *, ours: frozenset[int]) -> Check:
+    """Did only those processes compute on the GPUs that were there when the server was ready?
+
+    The driver counts in the PID namespace of who asks, here always the lab's, so the numbers can be compared. What it cannot
+    show: processes of namespaces that the lab does not see (their memory shows before the start), and who came between the
+    look before the start and the server's being ready.
+    """
     found = strangers(samples, ours=ours)
     words = "; ".join(
         f"{gpu}: pids {', '.join(map(str, sorted(pids)))}" for gpu, pids in sorted(found.items())
     )
+    listed = [sample.processes for sample in samples if sample.processes is not None]
+    held = max((sample.memory_used_mib or 0 for sample in samples), default=0)
+    if not listed:
+        words = f"{UNTESTED}the driver does not list processes"
+    elif not ours and not found and held > IDLE_MIB:
+        words = f"{UNTESTED}{held} MiB are in use and no process is listed: it lies in another PID namespace"
     return Check(
         name="nobody else used the GPUs",
         ok=not found,

@@ -16,14 +16,19 @@ from lab.hardware.sysfs import format_list
 from lab.runtime.base import StartFailed
 
 FREE_S = 60.0  # a large server's memory is given back some seconds after its processes are gone
+LOOK_S = 0.5
 STOP_S = 5.0
 
 
 class GpuWatch:
-    """The watch of one trial. `out` is gpu.csv, `log` what the sampler says of itself."""
+    """The watch of one trial. `out` is gpu.csv, `log` what the sampler says of itself; `free_s` bounds, in seconds, how long
+    it waits for GPUs to be free, before and after."""
 
-    def __init__(self, gpus: Sequence[str], *, out: Path, log: Path, cpus: Sequence[int]) -> None:
+    def __init__(
+        self, gpus: Sequence[str], *, out: Path, log: Path, cpus: Sequence[int], free_s: float = FREE_S
+    ) -> None:
         self._gpus = tuple(gpus)
+        self._free_s = free_s
         self._out = out
         self._log = log
         self._cpus = format_list(cpus)
@@ -33,7 +38,7 @@ class GpuWatch:
         """Start the sampler; `StartFailed` when a GPU is in use or does not answer."""
         if not self._gpus:
             return
-        used = self._wait_until_free(within_s=FREE_S)
+        used = self._wait_until_free()
         if used:
             words = "; ".join(f"{gpu}: {what}" for gpu, what in used.items())
             raise StartFailed(f"a GPU of this trial is not free: {words}", name="gpu", phase="start")
@@ -61,15 +66,16 @@ class GpuWatch:
                 self._sampler.kill()
                 self._sampler.wait()
             self._sampler = None
-        used = self._wait_until_free(within_s=FREE_S) if self._gpus else {}
+        used = self._wait_until_free() if self._gpus else {}
         return "; ".join(f"{gpu}: {what}" for gpu, what in used.items())
 
-    def _wait_until_free(self, *, within_s: float) -> dict[str, str]:
-        until = time.monotonic() + within_s
+    def _wait_until_free(self) -> dict[str, str]:
+        """The GPUs that are still in use after the bound, with words; empty as soon as all are free."""
+        until = time.monotonic() + self._free_s
         while True:
             uses = read_use(self._gpus)
             used = busy(uses)
             lost = any(use.problem for use in uses)  # waiting brings no lost GPU back
             if not used or lost or time.monotonic() > until:
                 return used
-            time.sleep(0.5)
+            time.sleep(LOOK_S)

@@ -12,7 +12,8 @@ from pyarrow import csv
 
 from lab.errors import LabError
 from lab.gpurows import COLUMNS as GPU_COLUMNS
-from lab.gpurows import read_gpus
+from lab.gpurows import machine_of, read_gpus
+from lab.hardware.model import Hardware
 from lab.loads import KEYS, LOAD_COLUMNS, METRIC_COLUMNS, Row, group_table, keys_of, read_load
 from lab.plan import Trial, read_plan
 from lab.read import serverlog
@@ -45,8 +46,9 @@ class Rows:
 def tabulate(run: Run) -> dict[str, pd.DataFrame]:
     """Make every table of the run and write it; returns them by name."""
     rows = Rows()
+    machine = machine_of(run)
     for trial in read_plan(run).trials:
-        rows.add(_trial(run, trial))
+        rows.add(_trial(run, trial, machine))
     requests = _joined(rows.requests, columns=(*KEYS, *COLUMNS))
     tables = {
         "trials": pd.DataFrame(rows.trials),
@@ -101,7 +103,7 @@ def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else str(value)
 
 
-def _trial(run: Run, trial: Trial) -> Rows:
+def _trial(run: Run, trial: Trial, machine: Hardware | None) -> Rows:
     """All rows of a trial. One that failed half-way keeps what can be read."""
     files = run.trial(trial.name)
     row: Row = {"trial": trial.name, "variant": trial.variant, "repeat": trial.repeat}
@@ -115,7 +117,7 @@ def _trial(run: Run, trial: Trial) -> Rows:
             reason = f"{status.get('phase')}: the lab was killed during this trial"
         return Rows(trials=[row | _state("failed", "failed", reason)])
     try:
-        rows, state = _measured(trial, files, status)
+        rows, state = _measured(trial, files, status, machine)
     except LabError as error:  # a file that cannot be read costs its trial, not the report on the others
         what = error.problem.replace(f"{run.path}/", "")
         return Rows(trials=[row | _state("ok", "invalid", what) | {"unreadable": what}])
@@ -123,7 +125,9 @@ def _trial(run: Run, trial: Trial) -> Rows:
     return rows
 
 
-def _measured(trial: Trial, files: TrialFiles, status: dict[str, object]) -> tuple[Rows, Row]:
+def _measured(
+    trial: Trial, files: TrialFiles, status: dict[str, object], machine: Hardware | None
+) -> tuple[Rows, Row]:
     """The rows of a trial that ran to its end, and its state for the table of trials."""
     rows = Rows()
     info = read_json(files.server_info).get("server_info")
@@ -152,7 +156,7 @@ def _measured(trial: Trial, files: TrialFiles, status: dict[str, object]) -> tup
         unread += load.notes
         checks += [(step.name, check) for check in load_checks(step, load.numbers, load.requests)]
     rows.batches.append(_batches(trial, log, windows))
-    seen, found, problems = read_gpus(trial, files, status, windows=windows, tokens=tokens)
+    seen, found, problems = read_gpus(trial, files, status, windows=windows, tokens=tokens, machine=machine)
     rows.gpus += seen
     checks += [("", check) for check in found]
     unread += problems

@@ -105,6 +105,7 @@ def stack() -> Stack:
         needs=Needs(memory_gb=0, disk_gb=0, system="Linux", machine="x86_64", glibc="2.34"),
         env=(("SGLANG_USE_CPU_ENGINE", "1"),),
         server_args=("--device", "cpu", "--dtype", "float32"),
+        observe_args=("--enable-metrics", "--decode-log-interval", "10", "--random-seed", "1"),
         imports=(),
         lock_hash="0" * 64,
     )

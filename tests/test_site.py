@@ -50,7 +50,8 @@ def test_a_whole_file(tmp_path: Path) -> None:
     site = load(
         tmp_path,
         f'name = "box"\nruntime = "process"\nscheduler = "here"\ncapabilities = ["gpu"]\n'
-        f'server_cpus = [{cpu}]\nserver_mems = [0]\ngpus = [0, "GPU-7"]\nshm_gb = 2\nport = 31000\nready_s = 60\nload_s = 30.5\nstop_s = 5\n',
+        f'server_cpus = [{cpu}]\nserver_mems = [0]\ngpus = [0, "GPU-7"]\nshm_gb = 2\n'
+        "port = 31000\nready_s = 60\nload_s = 30.5\nstop_s = 5\n",
     )
     assert (site.name, site.port, site.ready_s, site.load_s, site.stop_s) == ("box", 31000, 60, 30.5, 5)
     assert site.capabilities == ("gpu",)

@@ -34,7 +34,8 @@ from lab.stack import Stack
 from lab.stacks.run import Job, Steps
 
 PROGRESS = re.compile(r"^#\d+ (?:[\d.]+ )?")  # BuildKit's step number and clock
-UNTOLD = re.compile(r"^(CACHED|DONE|sha256:|-+$|\s*> |(ERROR: )?executor failed|\s*$)")
+FAILED = re.compile(r"^(ERROR: )?executor failed running \[.*?\]: ")  # then the exit code, or why the engine could not run it
+UNTOLD = re.compile(r"^(CACHED|DONE|sha256:|-+$|\s*> |exit code: \d+|\s*$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class ImageSteps(Steps):
 
     def failure(self, step: str, lines: Sequence[str]) -> LabError:
         """What the smoke step found, else the last lines."""
-        said = [PROGRESS.sub("", line) for line in lines]
+        said = [FAILED.sub("", PROGRESS.sub("", line)) for line in lines]
         smoke = [line for line in dict.fromkeys(said) if line.startswith("SMOKE: ")]
         kept = [line for line in said if not UNTOLD.match(line)]
         error = super().failure(step, smoke or kept)

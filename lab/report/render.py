@@ -12,17 +12,16 @@ import pandas as pd
 
 from lab.claims import Measure, Verdict
 from lab.experiment import Experiment, load_file
-from lab.hardware.model import read_hardware
+from lab.gpurows import UNTESTED
 from lab.hardware.sysfs import format_list
 from lab.judge import judge, samples
 from lab.metrics import METRICS
 from lab.plan import Plan, read_plan
+from lab.report.gpusection import GpuSection, gpu_section
+from lab.report.numbers import Number, number
 from lab.report.plots import draw_all
 from lab.rundir import Run, read_json, write_json, write_text
-from lab.stats import mean_interval, variation
 from lab.tables import tabulate
-
-UNSTEADY = 0.10  # coefficient of variation over repeats above which a number is called unsteady
 
 PICTURES = {
     "ttft.png": "Time to first token, for the first request of each prefix and for later ones. "
@@ -42,20 +41,6 @@ class Analysis:
     unusable: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Number:
-    """One line of the table of numbers."""
-
-    load: str
-    variant: str
-    what: str
-    value: str
-    interval: str
-    unit: str
-    n: int
-    steady: str
-
-
 def analyse(run: Run) -> Analysis:
     """Rebuild every derived file of the run."""
     plan = read_plan(run)
@@ -63,7 +48,9 @@ def analyse(run: Run) -> Analysis:
     verdicts = judge(plan.claims, tables, capabilities=plan.capabilities)
     write_json(run.verdicts, {"verdicts": [asdict(v) for v in verdicts]})
     pictures = draw_all(tables, run.plots)
-    write_text(run.report, _markdown(run, plan, tables, verdicts, pictures))
+    experiment = load_file(run.experiment)
+    gpus = gpu_section(run, plan, experiment, tables)
+    write_text(run.report, _markdown(run, plan, experiment, tables, verdicts, pictures, gpus))
     trials = tables["trials"]
     bad = trials[trials["validity"] != "valid"]
     return Analysis(
@@ -78,11 +65,12 @@ def analyse(run: Run) -> Analysis:
 def _markdown(
     run: Run,
     plan: Plan,
+    experiment: Experiment,
     tables: Mapping[str, pd.DataFrame],
     verdicts: tuple[Verdict, ...],
     pictures: tuple[str, ...],
+    gpus: GpuSection | None,
 ) -> str:
-    experiment = load_file(run.experiment)
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     jinja = jinja2.Environment(  # noqa: S701  the output is Markdown, not HTML
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -109,20 +97,20 @@ def _markdown(
         environment=environment,
         metrics=METRICS,
         loads=_steps(plan),
-        gpus=_gpus(run, plan),
+        gpus=gpus,
+        passed=_passed(checks),
         seats=_seats(plan),
     )
 
 
-def _gpus(run: Run, plan: Plan) -> str:
-    """The GPUs that the run's servers had, in words; empty where they had none."""
-    used = {gpu for trial in plan.trials for gpu in trial.server.gpus}
-    if not used:
-        return ""
-    if not run.hardware.is_file():
-        return f"{len(used)} GPUs"
-    names = sorted({gpu.name for gpu in read_hardware(run.hardware).gpus if gpu.uuid in used})
-    return f"{len(used)} GPUs ({', '.join(names) or 'not in hardware.json'})"
+def _passed(checks: pd.DataFrame) -> dict[str, str]:
+    """By trial how many checks were passed; one that could not be made is no pass."""
+    found = {}
+    for trial, rows in checks.groupby("trial", sort=False):
+        untested = int(rows["detail"].astype(str).str.startswith(UNTESTED).sum())
+        words = f", {untested} untested" if untested else ""
+        found[str(trial)] = f"{int(rows['ok'].sum()) - untested} of {len(rows)}{words}"
+    return found
 
 
 def _seats(plan: Plan) -> list[dict[str, str]]:
@@ -171,34 +159,14 @@ def numbers(experiment: Experiment, tables: Mapping[str, pd.DataFrame]) -> list[
             for variant in experiment.variants:
                 values = list(samples(measure, variant.name, tables).values())
                 if any(values) or (values and measure.column in ("hit_rate", "ttft_ms")):
-                    found.append(_number(measure, variant.name, values))
+                    label = measure.label().removesuffix(f" of {load.name}").removesuffix(f" in {load.name}")
+                    metric = METRICS[measure.column]
+                    found.append(number(values, metric, load=load.name, variant=variant.name, what=label))
     return found
 
 
 # Load numbers worth a line; all but the hit rate only where they are not simply zero.
 LOAD_NUMBERS = ("hit_rate", "predicted_hit_rate", "lru_hit_rate", "evicted_tokens", "groups_evicted")
-
-
-def _number(measure: Measure, variant: str, values: list[float]) -> Number:
-    metric = METRICS[measure.column]
-    interval = mean_interval(values)
-    spread = variation(values)
-    steady = "" if spread is None else f"{spread:.1%}"
-    if spread is not None and spread > UNSTEADY:
-        steady += " unsteady"
-    d = metric.decimals
-    return Number(
-        load=measure.load,
-        variant=variant,
-        what=measure.label().removesuffix(f" of {measure.load}").removesuffix(f" in {measure.load}"),
-        value=f"{interval.value:,.{d}f}",
-        interval="one repeat, none"
-        if interval.low is None or interval.high is None
-        else f"{interval.low:,.{d}f} to {interval.high:,.{d}f}",
-        unit=metric.unit,
-        n=interval.n,
-        steady=steady,
-    )
 
 
 def cell(text: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import httpx
 
-from lab.runtime.base import DiedWhileStarting, NeverReady, Program, Waiting
+from lab.runtime.base import DiedUnderLoad, DiedWhileStarting, NeverReady, Program, Waiting
 from lab.runtime.logtail import last_line
 from lab.runtime.ports import loopback_port
 
@@ -17,6 +17,7 @@ Say = Callable[[Waiting], None]
 _HEALTH_EVERY_S = 0.2
 _HEALTH_ANSWER_S = 5.0  # some SGLang settings let /health generate a token first, which takes over a second
 _POLL_S = 0.02
+_END_SHOWS_S = 2.0
 
 
 def never() -> bool:
@@ -53,6 +54,14 @@ def died_while_starting(program: Program) -> DiedWhileStarting:
     """The fault of a program that ended before it was ready."""
     reason = f"{program.ending()} before it was ready"
     return DiedWhileStarting(reason, name=program.name, phase="start", last_lines=program.log_end())
+
+
+def end_behind(program: Program) -> DiedUnderLoad | None:
+    """What is behind an answer of the program that did not come, when the program ends with it: its refusal to
+    answer is seen a moment before its end is."""
+    if not first_ended((program,), within_s=_END_SHOWS_S):
+        return None
+    return DiedUnderLoad(program.ending(), name=program.name, phase="load", last_lines=program.log_end())
 
 
 def ticks(

@@ -55,6 +55,9 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
+  --enable-metrics \
+  --decode-log-interval 10 \
+  --random-seed 1 \
   --max-total-tokens 8192 \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
@@ -166,6 +169,9 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
+  --enable-metrics \
+  --decode-log-interval 10 \
+  --random-seed 1 \
   --max-total-tokens 8192 \
   --disable-radix-cache \
   > "$TRIAL/server.log" 2>&1 &
@@ -251,6 +257,9 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
+  --enable-metrics \
+  --decode-log-interval 10 \
+  --random-seed 1 \
   --max-total-tokens 8192 \
   --disable-radix-cache \
   > "$TRIAL/server.log" 2>&1 &
@@ -336,6 +345,9 @@ setsid env -i "HOME=${SCRATCH}/home" "TMPDIR=${SCRATCH}/tmp" "PATH=${STACK}/bin:
   --port "${PORT}" \
   --device cpu \
   --dtype float32 \
+  --enable-metrics \
+  --decode-log-interval 10 \
+  --random-seed 1 \
   --max-total-tokens 8192 \
   > "$TRIAL/server.log" 2>&1 &
 SERVER=$!
