@@ -155,7 +155,7 @@ def family(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def scratch_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("sglang-lab-*"))
+    return set(Path(tempfile.gettempdir()).glob("sglang-lab-[0-9]*"))
 
 
 def shared_memory_files() -> set[str]:

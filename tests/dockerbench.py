@@ -15,7 +15,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fakerun
+
+from lab.boxes import PLACES
 from lab.container import PORT, RUN_LABEL, Setup
+from lab.plan import LoadStep, Plan, Process, Trial
 from lab.runtime.base import Command
 from lab.runtime.docker import DockerRuntime
 from lab.runtime.engine import Engine
@@ -140,6 +144,58 @@ def ended(done: Callable[[], bool], *, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+# ---- whole trials
+
+# As much of SGLang's server as a trial asks of one.
+TRIAL_SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        self.wfile.write(b"{{}}" if "info" in self.path else b"# TYPE up gauge\\nup 1.0\\n")
+    do_POST = do_GET
+    def log_message(self, *args): pass
+print("loading")
+{work}
+http.server.HTTPServer(("0.0.0.0", {port}), Handler).serve_forever()
+"""
+
+
+def trial_plan(bench: Bench, *, work: str = "", load: str = "", trials: int = 1) -> Plan:
+    """A plan of containers whose server does `work` before it answers, and whose only load is `load`."""
+    (bench.folder / "model" / "load.py").write_text(load)
+    client = Process(argv=("python3",), env=ENV, cpus=())
+    code = TRIAL_SERVER.format(work=work, port=PORT)
+    server = Process(argv=("python3", "-u", "-c", code), env=ENV, cpus=())
+    step = LoadStep(
+        name="one", dataset="none", role="load", argv=("${MODEL}/load.py",), requests=0, concurrency=1,
+        rate_per_s=None, hit_rate=0, working_set_tokens=0,
+    )  # fmt: skip
+    plan = fakerun.make_fake_plan(fakerun.small(bench.folder), repeats=1)
+    return replace(
+        plan,
+        runtime="docker",
+        places=dict(PLACES),
+        containers=bench.setup,
+        preload=(),
+        ready_s=30,
+        load_s=60,
+        stop_s=5,
+        trials=tuple(
+            Trial(
+                index=i,
+                name=f"{i:03d}-a-r{i}",
+                variant="a",
+                repeat=i,
+                server=server,
+                client=client,
+                loads=(step,),
+            )
+            for i in range(trials)
+        ),
+    )
+
+
 # ---- labs that are processes of their own
 
 LAB = """
@@ -152,7 +208,7 @@ from lab.runtime.engine import connect
 bench = Bench(Path(sys.argv[1]), connect(), image=sys.argv[3], docker=None)
 bench.run_id = sys.argv[2]
 try:
-    with bench.runtime() as rt:
+    with bench.runtime(lost_s=float(sys.argv[4]), return_s=float(sys.argv[5])) as rt:
         values = rt.values(trial=bench.folder / "trial", scratch=bench.folder / "scratch", port=0)
         server = rt.start(bench.server())
         client = rt.start(bench.python("import time; time.sleep(100)"))
@@ -160,6 +216,7 @@ try:
         rt.wait_ready(server, url=f"http://127.0.0.1:{{port}}/health", deadline_s=30)
         print("ready", flush=True)
         sys.stdin.read()
+    print(*bench.said, sep=chr(10))
 except Terminated as error:
     sys.exit(128 + error.signum)
 except KeyboardInterrupt:
@@ -170,14 +227,24 @@ except KeyboardInterrupt:
 class OtherLab:
     """A lab in a process of its own, with a server and a client that run until it is told to end."""
 
-    def __init__(self, bench: Bench, folder: Path) -> None:
+    def __init__(self, bench: Bench, folder: Path, *, lost_s: float = 10, return_s: float = 5) -> None:
         folder.mkdir(exist_ok=True)
         self.run_id = f"test-{uuid.uuid4().hex[:12]}"
         self.prefix = f"sglang-lab-{self.run_id}"
+        self.said = ""
         bench.run_ids.append(self.run_id)
         code = LAB.format(tests=str(Path(__file__).parent))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), self.run_id, bench.setup.image],
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(folder),
+                self.run_id,
+                bench.setup.image,
+                str(lost_s),
+                str(return_s),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -189,11 +256,9 @@ class OtherLab:
         assert self.process.stdout.readline() == "ready\n"
         return self
 
-    def end(self, signum: signal.Signals = signal.SIGINT) -> int:
-        """Send a signal and return the exit code."""
-        self.process.send_signal(signum)
-        code = self.process.wait(timeout=30)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
-        return code
+    def end(self, signum: signal.Signals | None = signal.SIGINT) -> int:
+        """Send a signal, or with None let it leave its block; the exit code. `said` is then what it said."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        self.said = self.process.communicate(timeout=60)[0]
+        return self.process.returncode

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,10 +109,11 @@ def private_engine(
                 "exec-root": str(folder / "exec"),
                 "pidfile": str(folder / "pid"),
                 "hosts": [f"unix://{folder}/docker.sock"],
-                "bridge": "none",
+                # Told to have no bridge, or to have address pools of its own, an engine deletes docker0, which is
+                # another's (configureNetworking in moby's daemon/daemon_unix.go).
+                "bridge": _bridge(folder),
                 "iptables": False,  # an engine with its own rules takes away another's
                 "ip-forward": False,
-                "default-address-pools": [{"base": str(subnet), "size": 27}],
                 "cgroup-parent": f"/{folder.name}",
                 "log-level": "warn",
                 "shutdown-timeout": 2,
@@ -154,8 +156,7 @@ def until(
 
 def _free_subnet() -> ipaddress.IPv4Network:
     """A /24 that no interface of this machine has."""
-    text = subprocess.run(["ip", "-json", "-4", "address"], capture_output=True, text=True, check=True).stdout
-    taken = {ipaddress.ip_address(a["local"]) for link in json.loads(text) for a in link["addr_info"]}
+    taken = {address for addresses in _addresses().values() for address in addresses}
     candidates = [ipaddress.IPv4Network(f"10.213.{n}.0/24") for n in range(256)]
     start = os.getpid() % 256  # so that two test runs do not choose the same
     for subnet in candidates[start:] + candidates[:start]:
@@ -164,10 +165,33 @@ def _free_subnet() -> ipaddress.IPv4Network:
     raise AssertionError("no free subnet")
 
 
+def _bridge(folder: Path) -> str:
+    """The name of the engine's own bridge."""
+    return f"lab-{folder.name[-8:]}"
+
+
 # ---- the keeper
 
 
-def _keep(folder: Path, subnet: str) -> None:
+def _keep(folder: Path, subnet: ipaddress.IPv4Network) -> None:
+    address = f"{subnet.network_address + 1}/{subnet.prefixlen}"
+    for words in (
+        ("link", "add", "name", _bridge(folder), "type", "bridge"),
+        ("address", "add", address, "dev", _bridge(folder)),
+        ("link", "set", _bridge(folder), "up"),
+    ):
+        subprocess.run(["ip", *words], check=True)
+    try:
+        _hold_namespace(folder)
+    finally:
+        for link in (_bridge(folder), *_bridges(folder)):
+            subprocess.run(["ip", "link", "delete", link], check=False, stderr=subprocess.DEVNULL)
+        _remove_cgroups(folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hold_namespace(folder: Path) -> None:
+    """Until the test closes the pipe."""
     mounts = [f"mkdir -p {place} && mount -t tmpfs tmpfs {place}" for place in SHARED_FOLDERS]
     script = " && ".join([*mounts, "exec docker-init -- sleep infinity"])
     words = ["unshare", "--pid", "--fork", "--mount-proc", "--propagation", "slave", "--kill-child"]
@@ -182,24 +206,28 @@ def _keep(folder: Path, subnet: str) -> None:
         print(first, flush=True)
         sys.stdin.read()
         os.kill(first, signal.SIGKILL)  # and the kernel everything else in there, before this is reaped
-    for link in _bridges(ipaddress.IPv4Network(subnet)):
-        subprocess.run(["ip", "link", "delete", link], check=False)
-    _remove_cgroups(folder.name)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
-def _bridges(subnet: ipaddress.IPv4Network) -> list[str]:
-    text = subprocess.run(["ip", "-json", "-4", "address"], capture_output=True, text=True, check=True).stdout
-    return [
-        link["ifname"]
-        for link in json.loads(text)
-        if link["ifname"].startswith("br-")
-        and any(ipaddress.ip_address(a["local"]) in subnet for a in link["addr_info"])
-    ]
+def _bridges(folder: Path) -> set[str]:
+    """The bridges of networks that the engine ever had, from its own notes."""
+    notes = folder / "root" / "network" / "files" / "local-kv.db"
+    content = notes.read_bytes() if notes.exists() else b""
+    return {name.decode() for name in re.findall(rb"br-[0-9a-f]{12}", content)}
+
+
+def _addresses() -> dict[str, list[ipaddress.IPv4Address]]:
+    """The addresses of each of this machine's network interfaces."""
+    words = ["ip", "-json", "-4", "address"]
+    links = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return {
+        link["ifname"]: [ipaddress.IPv4Address(a["local"]) for a in link["addr_info"]]
+        for link in links
+        if link  # ip prints {} for what it leaves out
+    }
 
 
 def _remove_cgroups(name: str) -> None:
@@ -211,4 +239,4 @@ def _remove_cgroups(name: str) -> None:
 
 
 if __name__ == "__main__":
-    _keep(Path(sys.argv[1]), sys.argv[2])
+    _keep(Path(sys.argv[1]), ipaddress.IPv4Network(sys.argv[2]))

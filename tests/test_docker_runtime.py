@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,25 +200,24 @@ def test_files_belong_to_whoever_runs_the_lab(bench: Bench) -> None:
     need(os.getuid() == 0, "only root can become another user")
     need("DOCKER_HOST" not in os.environ, "the engine on its usual socket")
     uid, gid = 12_345, 23_456
-    folder = bench.folder
-    os.chown(folder, uid, gid)
-    for name in ("trial", "scratch"):
-        os.chown(folder / name, uid, gid)
-    for place in (folder, *folder.parents):
-        if place.stat().st_mode & 0o001 == 0:
-            place.chmod(place.stat().st_mode | 0o011)  # pytest's folders are closed to others
+    code = "open('/trial/written', 'w').write('x'); open('/jit/written', 'w').write('x')"
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to other users
+        folder = Path(name)
+        other = Bench(folder, bench.engine, image=bench.setup.image, docker=bench.docker)
+        bench.run_ids += other.run_ids
+        for place in (folder, folder / "trial", folder / "scratch"):
+            os.chown(place, uid, gid)
 
-    def work() -> None:
-        code = "open('/trial/written', 'w').write('x'); open('/jit/written', 'w').write('x')"
-        with bench.runtime() as rt:
-            program = rt.start(bench.python(code))
-            ended(lambda: program.exit_code() is not None)
-            assert program.exit_code() == 0, program.log_end()
+        def work() -> None:
+            with other.runtime() as rt:
+                program = rt.start(other.python(code))
+                ended(lambda: program.exit_code() is not None)
+                assert program.exit_code() == 0, program.log_end()
 
-    assert as_user(uid, gid, work) == 0
-    for file in ("trial/written", "trial/client.log", "jit/written"):
-        status = (folder / file).stat()
-        assert (status.st_uid, status.st_gid) == (uid, gid), file
+        assert as_user(uid, gid, work) == 0
+        for file in ("trial/written", "trial/client.log", "jit/written"):
+            status = (folder / file).stat()
+            assert (status.st_uid, status.st_gid) == (uid, gid), file
 
 
 # ---- ending

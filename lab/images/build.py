@@ -34,7 +34,9 @@ from lab.stack import Stack
 from lab.stacks.run import Job, Steps
 
 PROGRESS = re.compile(r"^#\d+ (?:[\d.]+ )?")  # BuildKit's step number and clock
-FAILED = re.compile(r"^(ERROR: )?executor failed running \[.*?\]: ")  # then the exit code, or why the engine could not run it
+FAILED = re.compile(
+    r"^(ERROR: )?executor failed running \[.*?\]: "
+)  # then the exit code, or why the engine could not run it
 UNTOLD = re.compile(r"^(CACHED|DONE|sha256:|-+$|\s*> |exit code: \d+|\s*$)")
 
 

@@ -278,6 +278,7 @@ def _remove(engine: Engine, things: list[Thing], *, say: Callable[[str], None]) 
 def _explained(reason: str, box: Container) -> str:
     """What the engine said, and what it means where that is not plain."""
     taken = f"port {box.publish} of this machine is in use; the site's file names it (0 takes a free one)"
+    unknown = "NVIDIA's container toolkit does not know a GPU that the plan names: see nvidia-smi -L"
     for words, meaning in (
         ("No such image", f"the image {box.image} is not there; build it: invoke image.build"),
         ("could not select device driver", "the engine has no NVIDIA container toolkit: see invoke doctor"),
@@ -286,10 +287,8 @@ def _explained(reason: str, box: Container) -> str:
         ("is already in use by container", "a container of that name exists: see docker ps --all"),
         ("address already in use", taken),
         ("port is already allocated", taken),
-        (
-            "unknown device",
-            "NVIDIA's container toolkit does not know a GPU that the plan names: see nvidia-smi -L",
-        ),
+        ("unknown device", unknown),
+        ("unresolvable CDI devices", unknown),
     ):
         if words in reason:
             return f"{meaning} ({reason})"

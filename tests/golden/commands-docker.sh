@@ -119,6 +119,9 @@ docker run --detach \
   --host 0.0.0.0 \
   --port 30000 \
   --device cuda \
+  --enable-metrics \
+  --decode-log-interval 10 \
+  --random-seed 1 \
   --max-total-tokens 8192 \
   --tp-size 2 > /dev/null
 wait_ready
