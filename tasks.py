@@ -98,7 +98,7 @@ def doctor(_: Context) -> None:
     """Show what this machine can do, what is missing, and what to type for it."""
 
     def body() -> int:
-        from lab.doctor import show
+        from lab.doctor.show import show
 
         return show()
 

@@ -1,4 +1,5 @@
-"""Discovery of a 16-GPU box beside starting Python; placement among 64 GPUs; the telemetry sampler's share of a core."""
+"""Discovery of a 16-GPU box beside starting Python; placement among 64 GPUs; the telemetry sampler's share of a core; reading
+and drawing an hour of its samples."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from gpufiles import gpu_run, steady, write_samples
 from nvmlstandin import DETECT, DGX_A100, SIXTEEN, Machine, Node, hardware_of, stand_in
 
 from lab.hardware.detect import detect
 from lab.hardware.placement import Request, place
+from lab.plan import read_plan
+from lab.report.gpuplots import over_time
+from lab.telemetry.gpucsv import read_samples
 
 EIGHT_NODES = tuple(Node(cores=16, socket=node // 4) for node in range(8))
 NODES = tuple(gpu // 8 for gpu in range(64))
@@ -83,10 +88,30 @@ def telemetry() -> None:
         sampler(real, dict(os.environ), what=f"{len(real)} real GPUs")
 
 
+def an_hour() -> None:
+    """One trial of seven GPUs at 10 Hz: what tables and report have to read and draw."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = gpu_run(Path(folder), indexes=range(7))
+        trial = read_plan(run).trials[0]
+        files = run.trial(trial.name)
+        write_samples(files.gpus, steady(trial.server.gpus, start_s=0, end_s=3600))
+        begin = time.perf_counter()
+        samples, _ = read_samples(files.gpus)
+        read = time.perf_counter()
+        figure = over_time(trial, files, names={})
+        assert figure is not None
+        figure.savefig(Path(folder) / "gpus.png")
+        drawn = time.perf_counter()
+        print(
+            f"an hour of 7 GPUs, {len(samples)} samples: read in {read - begin:.1f} s, drawn in {drawn - read:.1f} s"
+        )
+
+
 def main() -> None:
     discovery()
     placement()
     telemetry()
+    an_hour()
 
 
 if __name__ == "__main__":

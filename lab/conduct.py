@@ -21,12 +21,13 @@ from lab.experiment import Source, load_experiment
 from lab.hardware.detect import detect
 from lab.hardware.model import read_hardware
 from lab.hardware.model import to_json as to_json_hardware
+from lab.images.context import check_lock
 from lab.machine import describe, uncommitted
 from lab.models import get_model
 from lab.plan import Plan, make_plan, read_plan, to_json
 from lab.prepare import Prepared, make, resolve
 from lab.progress import Progress
-from lab.rundir import Run, verify, write_json, write_text
+from lab.rundir import RUN_DISK_GB, Run, verify, write_json, write_text
 from lab.runtime.base import Runtime
 from lab.runtime.docker import DockerRuntime, sweep
 from lab.runtime.gpulock import gpus_locked, shared_folder
@@ -36,8 +37,6 @@ from lab.runtime.process import ProcessRuntime
 from lab.seats import seats
 from lab.site import load_site
 from lab.stack import check_driver, check_platform, check_resources, list_stacks, load_stack
-
-RUN_DISK_GB = 0.5
 
 RUN_README = """\
 # Run {name} of experiment {experiment}
@@ -125,11 +124,11 @@ def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     model = get_model(asked.model)
     site = load_site(asked.site, folder=places.SITES)
     hardware = read_hardware(Path(asked.hardware)) if asked.hardware else detect()
-    stack = load_stack(asked.stack or "cpu", root=places.ROOT)
-    if not asked.stack:
-        every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
-        name, reason = fitting_stack(hardware, stacks=every)
-        stack = load_stack(name, root=places.ROOT)
+    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+    name, reason = (asked.stack, "") if asked.stack else fitting_stack(hardware, stacks=every)
+    stack = load_stack(name, root=places.ROOT)
+    check_driver(stack, driver=hardware.driver.version if hardware.driver else "", stacks=every)
+    if reason:
         site = replace(site, reasons=(f"stack {name}: {reason}", *site.reasons))
     return resolve(
         stack, model, site=site, hardware=hardware, runtime=asked.runtime or runtime, dry_run=dry_run
@@ -179,9 +178,7 @@ def _sweep(prepared: Prepared, *, progress: Progress) -> None:
 def _check_machine(prepared: Prepared) -> None:
     if prepared.containers is None:
         check_platform(prepared.stack)
-    driver = prepared.hardware.driver
-    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
-    check_driver(prepared.stack, driver=driver.version if driver else "", stacks=every)
+    check_lock(prepared.stack)
     Ledger(places.state()).check_writable()
     available = psutil.virtual_memory().available / 1e9
     check_resources(prepared.stack, memory_available_gb=available)

@@ -46,7 +46,8 @@ class GpuWatch:
             *(sys.executable, "-m", "lab.telemetry.sampler", "--out", str(self._out)),
             *("--gpus", ",".join(self._gpus), *(("--cpus", self._cpus) if self._cpus else ())),
         )
-        env = {**os.environ, "PYTHONPATH": str(places.ROOT)}
+        path = os.pathsep.join(filter(None, (str(places.ROOT), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "PYTHONPATH": path}
         with self._log.open("ab") as log:
             self._sampler = subprocess.Popen(  # noqa: S603  our own program
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -57,17 +58,17 @@ class GpuWatch:
         return tuple(sorted({pid for use in read_use(self._gpus) for pid in use.pids})) if self._gpus else ()
 
     def stop(self) -> str:
-        """End the sampler and wait until the GPUs are free; what still uses them, in words."""
-        if self._sampler is not None:
-            self._sampler.terminate()
-            try:
-                self._sampler.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                self._sampler.kill()
-                self._sampler.wait()
-            self._sampler = None
-        used = self._wait_until_free() if self._gpus else {}
-        return "; ".join(f"{gpu}: {what}" for gpu, what in used.items())
+        """End the sampler and wait until the GPUs are free; what still uses them, in words. Nothing where none was started."""
+        if self._sampler is None:
+            return ""
+        self._sampler.terminate()
+        try:
+            self._sampler.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._sampler.kill()
+            self._sampler.wait()
+        self._sampler = None
+        return "; ".join(f"{gpu}: {what}" for gpu, what in self._wait_until_free().items())
 
     def _wait_until_free(self) -> dict[str, str]:
         """The GPUs that are still in use after the bound, with words; empty as soon as all are free."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from lab import places
 from lab.boxes import PLACES, Names
 from lab.container import STACK, Container, Mount, Setup
-from lab.errors import LabError
+from lab.errors import LabError, unknown_name
 from lab.hardware.model import Hardware
 from lab.hardware.nvml import busy, read_use
 from lab.images.build import build_image, image_tag
@@ -20,7 +20,7 @@ from lab.rundir import read_json
 from lab.runtime.docker import caller
 from lab.runtime.engine import Engine, EngineError, accepted_ulimits, connect
 from lab.runtime.owner import me
-from lab.site import Site
+from lab.site import RUNTIMES, Site
 from lab.stack import Stack
 from lab.stacks.build import ensure, stack_folder
 
@@ -95,6 +95,8 @@ def resolve(
 def _choose(site: Site, *, asked: str, dry_run: bool) -> tuple[str, str, Engine | None]:
     """The runtime's name, why it, and the engine if it is docker."""
     wanted = asked or site.runtime
+    if wanted and wanted not in RUNTIMES:
+        raise unknown_name("runtime", wanted, RUNTIMES)
     if wanted == "process":
         return wanted, "--runtime" if asked else "the site's file says so", None
     try:

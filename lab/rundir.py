@@ -16,6 +16,7 @@ from pathlib import Path
 from lab.errors import LabError
 
 SCHEMA = 1
+RUN_DISK_GB = 0.5  # what a run may take
 RUN_NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
 DERIVED = ("tables", "plots", "verdicts.json", "report.md")
 

@@ -23,6 +23,7 @@ SITES = {
     "type": 'name = "x"\nport = "31000"\n',
     "cpus": 'name = "x"\nserver_cpus = [4095]\n',
     "port": 'name = "x"\nport = 70000\n',
+    "node": 'name = "x"\nserver_mems = [7]\n',
     "cut": 'name = "x"\nport = ',
 }
 
@@ -57,6 +58,21 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "site type": (("exp.radix", "--site", "type.toml"), "type.toml: port = '31000'", ("a port number",)),
     "site cpus": (("exp.radix", "--site", "cpus.toml"), "asks for CPUs [4095]", ("may use only",)),
     "site port": (("exp.radix", "--site", "port.toml"), "port.toml: port = 70000", ()),
+    "site node": (("exp.radix", "--site", "node.toml"), "asks for NUMA nodes [7]", ("the machine has",)),
+    "site file": (("exp.radix", "--site", "none.toml"), "there is no site file none.toml", ()),
+    "gpu": (("exp.radix", "--gpus", "6"), "GPU '6' is not there", ("no GPU",)),
+    "driver": (
+        ("exp.radix", "--stack", "cu125", "--runtime", "process"),
+        "stack 'cu125' needs an NVIDIA driver",
+        ("--stack cpu",),
+    ),
+    "runtime": (("exp.radix", "--runtime", "podman"), "unknown runtime 'podman'", ("docker", "process")),
+    "engine": (
+        ("exp.radix", "--runtime", "docker"),
+        "no Docker engine answers",
+        ("--runtime process",),
+    ),
+    "hardware": (("exp.radix", "--hardware", "box.json"), "--hardware plans for a machine", ("--dry-run",)),
     "site cut": (("exp.radix", "--site", "cut.toml"), "cut.toml is not valid TOML", ()),
     "variant": (("exp.bad-variant",), "unknown variant 'cache-onn'", ("cache-on", "cache-off")),
     "load": (("exp.bad-load", "--dry-run"), "unknown load 'chatt'", ("chat, shared, warmup",)),
@@ -115,6 +131,16 @@ def test_a_machine_that_will_not_do(copy: Copy, pattern: str, new: str, problem:
     copy.edit("containers/cpu/stack.toml", pattern, new)
     assert_refused(copy.invoke("exp.small"), problem)
     assert not list((copy.root / "runs").glob("*/*"))
+
+
+def test_a_lock_that_does_not_fit_its_input(copy: Copy) -> None:
+    copy.edit("containers/cpu/requirements.in", "sglang==.*", "sglang==0.5.20")
+    assert_refused(copy.invoke("exp.small"), "the lock of stack 'cpu' does not fit its input")
+
+
+def test_a_stack_with_a_key_missing(copy: Copy) -> None:
+    copy.edit("containers/cpu/stack.toml", "dialect = .*", "")
+    assert_refused(copy.invoke("exp.small"), "key 'dialect' is missing")
 
 
 def test_a_port_in_use(copy: Copy) -> None:

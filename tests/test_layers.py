@@ -108,8 +108,23 @@ ORDER = (
         "lab.stats",
         "lab.judge",
     ),
-    *("lab.report", "lab.report.plots", "lab.report.render"),
-    *("lab.choice", "lab.prepare", "lab.doctor", "lab.app", "lab.imaging", "lab.conduct", "tasks"),
+    *(
+        "lab.report",
+        "lab.report.numbers",
+        "lab.report.plots",
+        "lab.report.gpuplots",
+        "lab.report.gpusection",
+        "lab.report.render",
+    ),
+    *(
+        "lab.doctor",
+        "lab.doctor.finding",
+        "lab.doctor.limits",
+        "lab.doctor.gpus",
+        "lab.doctor.engine",
+        "lab.doctor.machine",
+    ),
+    *("lab.choice", "lab.prepare", "lab.doctor.show", "lab.app", "lab.imaging", "lab.conduct", "tasks"),
 )
 ANALYSIS = ("lab.tables", "lab.stats", "lab.judge", "lab.report.render", "lab.report.plots")
 DOING = (

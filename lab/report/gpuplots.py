@@ -68,7 +68,8 @@ def shown(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, str]]:
     found = [(str(name), "the first usable one of its variant") for name in usable["trial"]]
     of_gpus = checks[~checks["ok"].astype(bool) & checks["name"].str.contains("GPU", regex=False)]
     spoilt = of_gpus.drop_duplicates("trial").head(SPOILT_SHOWN)
-    found += [(str(t), f"not used: {n}: no") for t, n in zip(spoilt["trial"], spoilt["name"], strict=True)]
+    words = (f'which failed the check "{name}"' for name in spoilt["name"])
+    found += zip(map(str, spoilt["trial"]), words, strict=True)
     return sorted(found)
 
 
@@ -87,12 +88,15 @@ def over_time(trial: Trial, files: TrialFiles, *, names: Mapping[str, str]) -> F
     for axis, (column, label) in zip(axes, PANELS, strict=True):
         for i, gpu in enumerate(trial.server.gpus):
             own = frame[frame["gpu"] == gpu]
-            _draw(axis, own, column, start=start, label=names.get(gpu, gpu), colour=COLOURS[i % len(COLOURS)])
+            # Later lines are thinner, so that two of the same height are both seen.
+            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": max(1.0, 2.4 - 0.7 * i)}
+            _draw(axis, own, column, start=start, label=names.get(gpu, gpu), style=style)
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
         for j, (_, a, b) in enumerate(windows):
             axis.axvspan(a - start, b - start, color=INK, alpha=0.05 + 0.05 * (j % 2), linewidth=0)
     _name_loads(axes[0], windows, start=start)
+    figure.suptitle(f"trial {trial.name}", x=0.125, y=0.985, ha="left", fontsize=10.5)
     axes[-1].set_xlabel("seconds since the first sample")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
@@ -120,22 +124,24 @@ def thin(time_s: Sequence[float] | Floats, values: Sequence[float] | Floats, *, 
     )
 
 
-def _draw(axis: Axes, own: pd.DataFrame, column: str, *, start: float, label: str, colour: str) -> None:
+def _draw(
+    axis: Axes, own: pd.DataFrame, column: str, *, start: float, label: str, style: dict[str, object]
+) -> None:
     known = own[own[column].notna()]
     if known.empty:
         return
     line = thin(known["time_s"].to_numpy(dtype=float) - start, known[column].to_numpy(dtype=float))
-    axis.plot(line.time_s, line.mean, color=colour, linewidth=1.1, label=label)
+    axis.plot(line.time_s, line.mean, label=label, **style)  # type: ignore[arg-type]  # a colour and a width
     if (line.low != line.high).any():
-        axis.fill_between(line.time_s, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(line.time_s, line.low, line.high, color=str(style["color"]), alpha=0.2, linewidth=0)
 
 
 def _name_loads(axis: Axes, windows: Sequence[tuple[str, float, float]], *, start: float) -> None:
-    """Names above the shades, on two levels so that neighbours do not overlap."""
+    """Names above the shades, on two levels where there are so many that neighbours might overlap."""
     for j, (name, a, b) in enumerate(windows):
         axis.text(
             (a + b) / 2 - start,
-            1.03 + 0.11 * (j % 2),
+            1.03 + 0.11 * (j % 2 if len(windows) > 4 else 0),
             name,
             transform=axis.get_xaxis_transform(),
             ha="center",

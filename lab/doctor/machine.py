@@ -1,67 +1,34 @@
-"""`invoke doctor`: what this machine can do, what is missing, and what to type for it. Changes nothing."""
+"""Rows on the machine itself and on what the lab has built on it: Python, CPUs, memory, disk, stacks, the model, the folder for
+runs. In go nothing but the machine; out come rows."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from lab import places
-from lab.choice import fitting_stack
+from lab.doctor.finding import Finding
 from lab.errors import LabError
-from lab.hardware.detect import detect
-from lab.images.build import image_tag
 from lab.models import find_damage, get_model
-from lab.runtime.engine import connect
+from lab.rundir import RUN_DISK_GB
 from lab.site import load_site, usable_cpus
-from lab.stack import Stack, check_platform, list_stacks, load_stack
+from lab.stack import Stack, check_platform
 from lab.stacks.build import stack_folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One row: what was checked, its state, why it matters, what to type. `blocks` stops every experiment."""
-
-    check: str
-    good: bool
-    state: str
-    matters: str
-    fix: str = ""
-    blocks: bool = False
-
-
-def show() -> int:
-    """Print the table; 1 when something stops experiments from running here."""
-    found = findings()
-    console = Console()
-    table = Table("check", "state", "why it matters", "what to type", title="What this machine can do")
-    for f in found:
-        colour = "green" if f.good else ("red" if f.blocks else "yellow")
-        table.add_row(f.check, f"[{colour}]{f.state}[/]", f.matters, f.fix)
-    console.print(table)
-    blocked = [f.check for f in found if f.blocks and not f.good]
-    console.print(
-        f"Cannot run experiments: {', '.join(blocked)}." if blocked else "Ready: invoke exp.radix",
-        markup=False,
-    )
-    return 1 if blocked else 0
-
-
-def findings() -> list[Finding]:
-    """Every check, in order."""
-    rows = [_python(), *_cpus()]
-    for name in list_stacks(places.ROOT):
-        stack = load_stack(name, root=places.ROOT)
+def rows(stacks: Sequence[Stack]) -> list[Finding]:
+    """Every check of this page, in order."""
+    found = [_python(), *_cpus()]
+    for stack in stacks:
         if stack.device != "cpu":  # served from its image; see the rows of the engine
             continue
-        rows += [_platform(stack), _memory(stack), _disk(stack), _built(stack)]
-    return [*rows, _model(), _runs(), *_engine(), *_gpu()]
+        found += [_platform(stack), _memory(stack), _disk(stack), _built(stack)]
+    return [*found, _model(), _runs(), _room_for_runs()]
 
 
 def _python() -> Finding:
@@ -192,60 +159,17 @@ def _runs() -> Finding:
     )
 
 
-def _engine() -> list[Finding]:
-    """The Docker engine, which decides the runtime, and the images of the stacks in it."""
-    try:
-        engine = connect()
-    except LabError as error:
-        return [
-            Finding(
-                check="Docker engine",
-                good=True,
-                state=f"none: {error.problem}",
-                matters="experiments run as plain processes then; containers pin CPUs and GPUs, and are the default",
-                fix=error.fix,
-            )
-        ]
-    rows = [
-        Finding(
-            check="Docker engine",
-            good=True,
-            state=f"{engine.version}{', knows CDI' if engine.has_cdi else ''}",
-            matters="experiments run in containers; --runtime process does without",
-        )
-    ]
-    for name in list_stacks(places.ROOT):
-        tag = image_tag(load_stack(name, root=places.ROOT))
-        image = engine.image(tag)
-        rows.append(
-            Finding(
-                check=f"image of stack {name}",
-                good=image is not None,
-                state="not built yet" if image is None else f"{image.size_bytes / 1e9:.1f} GB",
-                matters=f"containers of stack {name} start from {tag}",
-                fix="" if image is not None else f"invoke image.build --stack {name}",
-            )
-        )
-    return rows
-
-
-def _gpu() -> list[Finding]:
-    hardware = detect()
-    version = hardware.driver.version if hardware.driver else ""
-    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
-    name, reason = fitting_stack(hardware, stacks=every)
-    words = f"{len(hardware.gpus)}, driver {version}" if version else "none"
-    return [
-        Finding(
-            check="NVIDIA GPUs",
-            good=True,
-            state=words,
-            matters="claims that need one come out untested"
-            if not hardware.gpus
-            else "invoke topo shows them",
-        ),
-        Finding(check="stack that fits", good=True, state=name, matters=reason),
-    ]
+def _room_for_runs() -> Finding:
+    free = shutil.disk_usage(_existing(places.RUNS)).free / 1e9
+    good = free >= RUN_DISK_GB
+    return Finding(
+        check="disk for runs",
+        good=good,
+        state=f"{free:.1f} GB free",
+        matters=f"a run may take {RUN_DISK_GB:g} GB, and is refused when there is less",
+        fix="" if good else "delete old runs from runs/, or make room",
+        blocks=True,
+    )
 
 
 def _existing(path: Path) -> Path:

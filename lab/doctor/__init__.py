@@ -1,0 +1,1 @@
+"""`invoke doctor`: what this machine can do, what is missing, and what to type for it. Changes nothing."""
