@@ -16,6 +16,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from fakerun import START
 from gpufiles import gpu_run, steady, write_samples
 from nvmlstandin import DETECT, DGX_A100, SIXTEEN, Machine, Node, hardware_of, stand_in
 
@@ -23,6 +24,7 @@ from lab.hardware.detect import detect
 from lab.hardware.placement import Request, place
 from lab.plan import read_plan
 from lab.report.gpuplots import over_time
+from lab.rundir import write_json
 from lab.telemetry.gpucsv import read_samples
 
 EIGHT_NODES = tuple(Node(cores=16, socket=node // 4) for node in range(8))
@@ -94,7 +96,10 @@ def an_hour() -> None:
         run = gpu_run(Path(folder), indexes=range(7))
         trial = read_plan(run).trials[0]
         files = run.trial(trial.name)
-        write_samples(files.gpus, steady(trial.server.gpus, start_s=0, end_s=3600))
+        for at, step in enumerate(trial.loads):
+            start = START + 1200 * at
+            write_json(files.load(step.name).status, {"exit": 0, "started": start, "ended": start + 1200})
+        write_samples(files.gpus, steady(trial.server.gpus, start_s=START, end_s=START + 3600))
         begin = time.perf_counter()
         samples, _ = read_samples(files.gpus)
         read = time.perf_counter()

@@ -200,9 +200,7 @@ def _alone(samples: Sequence[Sample], *, ours: frozenset[int]) -> Check:
     look before the start and the server's being ready.
     """
     found = strangers(samples, ours=ours)
-    words = "; ".join(
-        f"{gpu}: pids {', '.join(map(str, sorted(pids)))}" for gpu, pids in sorted(found.items())
-    )
+    words = "; ".join(f"{gpu}: {_pids(pids)}" for gpu, pids in sorted(found.items()))
     listed = [sample.processes for sample in samples if sample.processes is not None]
     held = max((sample.memory_used_mib or 0 for sample in samples), default=0)
     if not listed:
@@ -212,5 +210,9 @@ def _alone(samples: Sequence[Sample], *, ours: frozenset[int]) -> Check:
     return Check(
         name="nobody else used the GPUs",
         ok=not found,
-        detail=words or f"only the {len(ours)} processes that were there when the server was ready",
+        detail=words or f"only who was there when the server was ready: {_pids(ours)}",
     )
+
+
+def _pids(pids: frozenset[int]) -> str:
+    return f"pid{'s' * (len(pids) != 1)} {', '.join(map(str, sorted(pids)))}" if pids else "no process"

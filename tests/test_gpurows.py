@@ -192,7 +192,7 @@ SPOILT: dict[str, tuple[Callable[[list[Sample]], list[Sample]], str, str]] = {
     "a stranger": (
         lambda samples: [replace(s, processes=(PID, 999)) if s.processes else s for s in samples],
         ALONE,
-        f"{GPU0}: pids 999",
+        f"{GPU0}: pid 999",
     ),
     "low clocks": (
         lambda samples: [replace(s, sm_clock_mhz=1005) for s in samples],

@@ -215,7 +215,7 @@ def test_a_stranger_who_comes_later_is_seen(tmp_path: Path) -> None:
         watch.told("stop")
         checks = watch.checks(end_s=time.time(), pids=pids)
     assert failed(checks) == {"nobody else used the GPUs"}
-    assert checks["nobody else used the GPUs"].detail == f"{GPU}: pids 99"
+    assert checks["nobody else used the GPUs"].detail == f"{GPU}: pid 99"
 
 
 def test_slowdown_is_seen(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lab.rundir import Run, TrialFiles, read_json
 
 POINTS = 900  # of a line; a picture is not wider in pixels
 SPOILT_SHOWN = 4
+BESIDE = 0.1  # of the time of all loads, shown before and after them
 PANELS = (
     ("power_w", "power (W)"),
     ("sm_clock_mhz", "SM clock (MHz)"),
@@ -78,12 +79,16 @@ def over_time(trial: Trial, files: TrialFiles, *, names: Mapping[str, str]) -> F
     if not files.gpus.is_file():
         return None
     frame = pd.read_csv(files.gpus, usecols=list(READ), on_bad_lines="skip", low_memory=False)
+    windows = [(step.name, *_window(files, step.name)) for step in trial.loads]
+    start, end = min(w[1] for w in windows), max(w[2] for w in windows)
+    beside = BESIDE * (
+        end - start
+    )  # starting the server may take longer than the loads, and is not asked about
     frame = frame[frame["gpu"].isin(trial.server.gpus)].apply(_numbers)
+    frame = frame[frame["time_s"].between(start - beside, end + beside)]
     if frame.empty:
         return None
-    frame["memory_used_mib"] /= 1024
-    start = float(frame["time_s"].min())
-    windows = [(step.name, *_window(files, step.name)) for step in trial.loads]
+    frame = frame.assign(memory_used_mib=frame["memory_used_mib"] / 1024)  # GiB from here on
     figure, axes = plt.subplots(len(PANELS), 1, figsize=(8.2, 5.4), sharex=True)
     for axis, (column, label) in zip(axes, PANELS, strict=True):
         for i, gpu in enumerate(trial.server.gpus):
@@ -97,7 +102,7 @@ def over_time(trial: Trial, files: TrialFiles, *, names: Mapping[str, str]) -> F
             axis.axvspan(a - start, b - start, color=INK, alpha=0.05 + 0.05 * (j % 2), linewidth=0)
     _name_loads(axes[0], windows, start=start)
     figure.suptitle(f"trial {trial.name}", x=0.125, y=0.985, ha="left", fontsize=10.5)
-    axes[-1].set_xlabel("seconds since the first sample")
+    axes[-1].set_xlabel("seconds since the first load began")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.08, 0.02), ncols=4)

@@ -86,10 +86,11 @@ def gpu_section(
 
 def _used(used: set[str], machine: Hardware | None) -> str:
     """The GPUs that the run's servers had, in words."""
+    count = f"{len(used)} GPU{'s' * (len(used) != 1)}"
     if machine is None:
-        return f"{len(used)} GPUs"
+        return count
     names = sorted({gpu.name for gpu in machine.gpus if gpu.uuid in used})
-    return f"{len(used)} GPUs ({', '.join(names) or 'not in hardware.json'})"
+    return f"{count} ({', '.join(names) or 'not in hardware.json'})"
 
 
 def matrix(machine: Hardware, trials: Sequence[Trial]) -> Matrix:
