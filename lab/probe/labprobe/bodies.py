@@ -51,7 +51,9 @@ class Bodies:
     def begin(self, *args: object, **kwargs: object) -> None:
         return None
 
-    def created(self, token: object, result: object, scheduler: object, *args: object, **kwargs: object) -> None:
+    def created(
+        self, token: object, result: object, scheduler: object, *args: object, **kwargs: object
+    ) -> None:
         self._start(scheduler)
 
     # ------------------------------------------------------------ batches
@@ -59,7 +61,9 @@ class Bodies:
     def form_begins(self, *args: object, **kwargs: object) -> int:
         return self.o.form_begins()
 
-    def form_ends(self, start: int, result: object, scheduler: object, *args: object, **kwargs: object) -> None:
+    def form_ends(
+        self, start: int, result: object, scheduler: object, *args: object, **kwargs: object
+    ) -> None:
         batch, running = self.formed(scheduler, result)
         if batch is None:
             self.o.form_ends(start, found=False, running=0, waiting=0)
@@ -69,7 +73,9 @@ class Bodies:
     def run_begins(self, *args: object, **kwargs: object) -> int:
         return self.o.run_begins()
 
-    def run_ends(self, start: int, result: object, scheduler: object, batch: object, *args: object, **kw: object) -> None:
+    def run_ends(
+        self, start: int, result: object, scheduler: object, batch: object, *args: object, **kw: object
+    ) -> None:
         reqs = batch.reqs
         mode = MODES.get(batch.forward_mode.name, batch.forward_mode.name)
         new, cached, forward = len(reqs), 0, scheduler.forward_ct
@@ -93,7 +99,9 @@ class Bodies:
             (goes_on.add if more else goes_on.discard)(req.rid)
             self.o.put(("scheduled", now(), req.rid, forward, int(cached), int(new), more))
 
-    def done_begins(self, scheduler: object, batch: object, *args: object, **kwargs: object) -> tuple[object, ...]:
+    def done_begins(
+        self, scheduler: object, batch: object, *args: object, **kwargs: object
+    ) -> tuple[object, ...]:
         if not self.o.requests or batch.reqs is None:
             return self.o.done_begins(), (), ()
         alive = [req for req in batch.reqs if req.finished_reason is None]
@@ -101,7 +109,13 @@ class Bodies:
         return self.o.done_begins(), alive, new
 
     def done_ends(
-        self, token: tuple[object, ...], result: object, scheduler: object, batch: object, *args: object, **kw: object
+        self,
+        token: tuple[object, ...],
+        result: object,
+        scheduler: object,
+        batch: object,
+        *args: object,
+        **kw: object,
     ) -> None:
         start, alive, new = token
         if batch.reqs is None:  # a result without a batch, which starts the overlap loop
@@ -131,7 +145,9 @@ class Bodies:
             self.o.policy = policy._determine_active_policy(waiting).value
             self.o.why_match = "policy"
 
-    def order_ends(self, token: object, result: object, policy: object, *args: object, **kwargs: object) -> None:
+    def order_ends(
+        self, token: object, result: object, policy: object, *args: object, **kwargs: object
+    ) -> None:
         if self._ours(policy):
             self.o.why_match = "schedule"
 
@@ -172,7 +188,13 @@ class Bodies:
         return list(scheduler.waiting_queue)
 
     def queue_ends(
-        self, before: list[object], result: object, scheduler: object, req: object, *args: object, **kwargs: object
+        self,
+        before: list[object],
+        result: object,
+        scheduler: object,
+        req: object,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         queue = scheduler.waiting_queue
         if queue and queue[-1] is req:

@@ -103,7 +103,11 @@ class Probe:
         policy = scheduler.policy.policy.value
         facts = self._dialect.facts(scheduler) | {"policy": policy, "tree": type(tree).__name__}
         self._device = facts.get("gpu") if facts.get("device") == "cuda" else None
-        ranks = {name: facts[f"{name}_rank"] for name in ("dp", "pp", "tp") if facts.get(f"{name}_rank") is not None}
+        ranks = {
+            name: facts[f"{name}_rank"]
+            for name in ("dp", "pp", "tp")
+            if facts.get(f"{name}_rank") is not None
+        }
         self.observer.watch(scheduler, pools, trees=trees, policy=policy)
         self._open(facts, rank="-".join(f"{name}{number}" for name, number in ranks.items()) or "unknown")
 
@@ -138,5 +142,3 @@ class Probe:
 
     def _memory(self) -> tuple[tuple[object, ...], ...]:
         return (("memory", now(), *memory.figures(self._device)),)
-
-

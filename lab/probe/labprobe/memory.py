@@ -9,22 +9,31 @@ import sys
 from functools import cache
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+FIELDS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
 
 
 class _Mallinfo2(ctypes.Structure):
     """`struct mallinfo2` of glibc 2.33."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
 def figures(device: int | None) -> tuple[object, ...]:
     """source, rss, allocated, reserved, peak bytes, retries and ooms, as the schema's "memory"; None where unknown."""
     rss = _rss_bytes()
     torch = sys.modules.get("torch")
-    if device is not None and torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if device is not None and torch is not None and torch.cuda.is_initialized():
         stats = torch.cuda.memory_stats(device)
         names = ("allocated_bytes.all.current", "reserved_bytes.all.current", "allocated_bytes.all.peak")
         return ("cuda", rss, *map(stats.get, names), stats.get("num_alloc_retries"), stats.get("num_ooms"))

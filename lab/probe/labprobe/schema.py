@@ -57,7 +57,16 @@ EVENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     # `freed_tokens` is what the pool had more of afterwards; prompt and output tokens are those of the requests put back.
     "retraction": (
         "batches",
-        ("requests", "aborted", "freed_tokens", "prompt_tokens", "output_tokens", "ns", "kv_free", "kv_evictable"),
+        (
+            "requests",
+            "aborted",
+            "freed_tokens",
+            "prompt_tokens",
+            "output_tokens",
+            "ns",
+            "kv_free",
+            "kv_evictable",
+        ),
     ),
     # One pass over the tree's leaves. Levels are those after it.
     "evict": ("batches", ("wanted_tokens", "tokens", "ns", "kv_free", "kv_evictable", "kv_protected")),

@@ -27,7 +27,9 @@ def hooks(observer: Observer, start: Callable[[object], None]) -> tuple[Hook, ..
 
 
 def _of_batches(b: Bodies, t: TreeBodies) -> tuple[Hook, ...]:
-    def of(name: str, path: str, parameters: str, before: object, after: object, module: str = SCHEDULER) -> Hook:
+    def of(
+        name: str, path: str, parameters: str, before: object, after: object, module: str = SCHEDULER
+    ) -> Hook:
         return Hook(name, module, path, tuple(parameters.split()), before, after)
 
     def flushed(token: object, result: object, *args: object, **kwargs: object) -> None:
@@ -41,7 +43,14 @@ def _of_batches(b: Bodies, t: TreeBodies) -> tuple[Hook, ...]:
         of("done", "Scheduler.process_batch_result", "self batch result", b.done_begins, b.done_ends),
         of("flush", "Scheduler.flush_cache", "self", b.begin, flushed),
         of("retract", "ScheduleBatch.retract_decode", "self", b.retract_begins, b.retract_ends, BATCH),
-        of("order", "SchedulePolicy.calc_priority", "self waiting_queue", b.order_begins, b.order_ends, POLICY),
+        of(
+            "order",
+            "SchedulePolicy.calc_priority",
+            "self waiting_queue",
+            b.order_begins,
+            b.order_ends,
+            POLICY,
+        ),
         of("evict", "UnifiedRadixCache._evict", "self params", t.begin, t.evicted, UNIFIED),
     )
 

@@ -66,7 +66,9 @@ class TreeBodies:
     def begin(self, *args: object, **kwargs: object) -> int:
         return now()
 
-    def evicted(self, start: int, result: object, tree: object, params: object, *args: object, **kw: object) -> None:
+    def evicted(
+        self, start: int, result: object, tree: object, params: object, *args: object, **kw: object
+    ) -> None:
         if self.ours(tree):
             self.note_evicted(start, params.num_tokens, result.num_tokens_evicted)
 
@@ -75,7 +77,9 @@ class TreeBodies:
         free, _ = self.o.pools.free_and_evictable()
         self.o.put(("evict", now(), wanted, tokens, took, free, *self.o.pools.tree()))
 
-    def matched(self, token: object, result: object, tree: object, params: object, *args: object, **kw: object) -> None:
+    def matched(
+        self, token: object, result: object, tree: object, params: object, *args: object, **kw: object
+    ) -> None:
         if self.ours(tree):
             rid = params.req.rid if params.req is not None else None
             self.note_match(rid, result.last_device_node, len(params.key), result.device_indices)
@@ -87,7 +91,9 @@ class TreeBodies:
         why = self.o.why_match
         self.o.put(("match", now(), why, rid, name, key_tokens, len(slots), *self.o.pools.tree()))
 
-    def inserted(self, token: object, result: object, tree: object, params: object, *args: object, **kw: object) -> None:
+    def inserted(
+        self, token: object, result: object, tree: object, params: object, *args: object, **kw: object
+    ) -> None:
         if self.ours(tree):
             key = len(params.key)
             new = max(0, key - result.prefix_len)
@@ -104,13 +110,21 @@ class TreeBodies:
     def store_ends(self, *args: object, **kwargs: object) -> None:
         self.o.why_match, self.o.why_insert = "schedule", "finish"
 
-    def leaf_begins(self, tree: object, node: int, tracker: dict[object, int], *args: object) -> tuple[object, ...]:
+    def leaf_begins(
+        self, tree: object, node: int, tracker: dict[object, int], *args: object
+    ) -> tuple[object, ...]:
         component = tree.tree_components[0]
         slots = tree.tree_core.get_component_device_value(node, component)
         return component, tracker.get(component, 0), *self.touched.age(node, slots)
 
     def leaf_ends(
-        self, token: tuple[object, ...], result: object, tree: object, node: int, tracker: dict[object, int], *a: object
+        self,
+        token: tuple[object, ...],
+        result: object,
+        tree: object,
+        node: int,
+        tracker: dict[object, int],
+        *a: object,
     ) -> None:
         component, before, age_ns, of = token
         self.o.put(("evict_node", now(), node, tracker.get(component, 0) - before, age_ns, of))
