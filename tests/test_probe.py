@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-
 from labprobe import guard, memory, nvtx, schema, settings
 from labprobe.guard import ERRORS_ALLOWED, Guard, Hook, wrap
 from labprobe.observer import Observer, Pools
@@ -402,12 +402,12 @@ class Pool:
 
 
 def observed(
-    monkeypatch: pytest.MonkeyPatch, *, nvtx_on: bool = False
+    monkeypatch: pytest.MonkeyPatch, *, nvtx_on: bool = False, level: str = "requests"
 ) -> tuple[Observer, list[tuple[object, ...]]]:
     writer = Writer(limit=100, file_bytes=1)
     events: list[tuple[object, ...]] = []
     monkeypatch.setattr(writer, "put", events.append)
-    observer = Observer(writer, level="batches", nvtx_on=nvtx_on)
+    observer = Observer(writer, level=level, nvtx_on=nvtx_on)
     pools = Pools(Pool(8, 5), Pool(100, 40), Pool(0, 0), kv_total=100)
     observer.watch(object(), pools, trees=frozenset(), policy="lpm")
     return observer, events
@@ -439,6 +439,21 @@ def test_a_batch_in_overlap_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = [second[name] for name in ("formed_at_ns", "run_at_ns", "done_at_ns", "t_ns")]
     assert moments == sorted(moments)
     assert first["formed_at_ns"] < second["formed_at_ns"] < first["done_at_ns"]
+
+
+@pytest.mark.parametrize(("level", "expected"), [("batches", 1), ("requests", 9)])
+def test_pools_are_read_now_and_then_unless_more_is_asked(
+    monkeypatch: pytest.MonkeyPatch, level: str, expected: int
+) -> None:
+    observer, events = observed(monkeypatch, level=level)
+    monkeypatch.setattr(
+        "labprobe.observer.now", itertools.count(0, 100_000).__next__
+    )  # 0.1 ms a look at the clock
+    for forward in range(9):
+        run(observer, forward)
+        observer.done_ends(observer.done_begins(), forward=forward)
+    assert sum(fields(event)["kv_free"] == 40 for event in events) == expected
+    assert sum(fields(event)["kv_free"] is None for event in events) == 9 - expected
 
 
 def test_batches_whose_results_never_come_are_written_without_their_end(

@@ -16,6 +16,9 @@ Levels = tuple[object, ...]
 NO_LEVELS: Levels = (None,) * 6
 # A batch whose result is never processed (pipeline stages) is written without its end once so many wait.
 PENDING = 8
+# Reading the pools takes as long as all the rest. A batch of a GPU lasts longer than this and always gets its levels;
+# of the many that a small model makes on a CPU, some do, unless the level of detail asks for all.
+LEVELS_EVERY_NS = 10_000_000
 
 
 class Pools:
@@ -59,6 +62,8 @@ class Observer:
         self.chunked_rids: set[object] = set()
         self.prefill: tuple[int, int] | None = None  # new and cached tokens, where a release tells them apart
         self.push, self.pop = nvtx.ranges() if nvtx_on else nvtx.NOTHING
+        self._levels_every = 0 if self.requests else LEVELS_EVERY_NS
+        self._levels_due = 0
         self._idle_turns = 0
         self._formed: tuple[object, ...] | None = None
         self._pending: deque[tuple[object, ...]] = deque()
@@ -67,8 +72,12 @@ class Observer:
         """From here on there is a scheduler to look at."""
         self.scheduler, self.pools, self.trees, self.policy = scheduler, pools, trees, policy
 
-    def levels(self) -> Levels:
-        return self.pools.levels() if self.pools is not None else NO_LEVELS
+    def levels(self, moment: int) -> Levels:
+        """Of the pools, if they are due to be read."""
+        if moment < self._levels_due or self.pools is None:
+            return NO_LEVELS
+        self._levels_due = moment + self._levels_every
+        return self.pools.levels()
 
     # ------------------------------------------------------------ a batch: formed, run, done
 
@@ -81,7 +90,8 @@ class Observer:
         if not found:
             self._idle_turns += 1
             return
-        self._formed = (running, waiting, self._idle_turns, start, now() - start, self.levels())
+        end = now()
+        self._formed = (running, waiting, self._idle_turns, start, end - start, self.levels(end))
         self._idle_turns = 0
 
     def run_begins(self) -> int:

@@ -26,7 +26,8 @@ EVENTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("source", "rss_bytes", "allocated_bytes", "reserved_bytes", "peak_bytes", "retries", "ooms"),
     ),
     # One forward pass, noted when its result was processed. `forward` counts passes. The levels of both pools are those
-    # after the batch was formed. In overlap mode `run_ns` is the launch alone, and done comes after the next launch.
+    # after the batch was formed; at level "batches" they are read every 10 ms and null in between. In overlap mode
+    # `run_ns` is the launch alone, and done comes after the next launch.
     "batch": (
         "batches",
         (
