@@ -1,6 +1,7 @@
 """What the in-server probe costs: calls to one server, with its hooks' bodies in use and left out in turns, so that
 whatever else the machine does falls on both; prints the ratios, with to without, of throughput and of time per output
-token, with 95 % intervals. `python benchmarks/probe_cost.py [ROUNDS [LEVEL [REQUESTS...]]]`.
+token, with 95 % intervals: by the clock, and by the CPU time of the scheduler's main thread, which is the same on a quiet
+machine and does not see others on a busy one. `python benchmarks/probe_cost.py [ROUNDS [LEVEL [REQUESTS...]]]`.
 
 A rid that begins with "off-" or "on-" switches the bodies, through a second plugin that is written here. Left out, a hook
 still costs the call of its wrapper, about 0.2 µs; two servers side by side differed by 10 % for no reason at all."""
@@ -63,13 +64,18 @@ def write_switch(folder: Path) -> Path:
 class Caller:
     """Calls with new prompts, the probe on or off."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, *, scheduler: int) -> None:
         self._served = served
+        self._schedstat = Path(f"/proc/{scheduler}/task/{scheduler}/schedstat")
         self._draw = random.Random(1)  # noqa: S311
         self._calls = 0
 
-    def elapsed_s(self, word: str, *, requests: int, output: int) -> float:
-        """Seconds of one call."""
+    def _now_s(self) -> tuple[float, float]:
+        """The clock, and the time that the scheduler's main thread has had a CPU."""
+        return time.perf_counter(), int(self._schedstat.read_text().split()[0]) / 1e9
+
+    def took_s(self, word: str, *, requests: int, output: int) -> tuple[float, float]:
+        """Seconds of one call, by the clock and on the CPU."""
         time.sleep(PAUSE_S)
         self._calls += 1
         body = {
@@ -77,18 +83,23 @@ class Caller:
             "input_ids": [[self._draw.randrange(6, 8000) for _ in range(PROMPT)] for _ in range(requests)],
             "sampling_params": {"temperature": 0, "max_new_tokens": output, "ignore_eos": True},
         }
-        start = time.perf_counter()
+        start, start_cpu = self._now_s()
         self._served.http.post("/generate", json=body).raise_for_status()
-        return time.perf_counter() - start
+        end, end_cpu = self._now_s()
+        return end - start, end_cpu - start_cpu
 
-    def one_round(self, *, requests: int, on_first: bool) -> tuple[float, float]:
-        """Ratios, with the probe to without: throughput, time per output token."""
-        seconds: dict[tuple[str, int], float] = {}
+    def one_round(self, *, requests: int, on_first: bool) -> dict[str, float]:
+        """Ratios, with the probe to without."""
+        took: dict[tuple[str, int], tuple[float, float]] = {}
         for output in (1, OUTPUT):
             for word in ("on", "off") if on_first else ("off", "on"):
-                seconds[word, output] = self.elapsed_s(word, requests=requests, output=output)
-        tpot = {word: seconds[word, OUTPUT] - seconds[word, 1] for word in ("on", "off")}
-        return seconds["off", OUTPUT] / seconds["on", OUTPUT], tpot["on"] / tpot["off"]
+                took[word, output] = self.took_s(word, requests=requests, output=output)
+        found: dict[str, float] = {}
+        for by, name in enumerate(("by the clock", "on the CPU")):
+            tpot = {word: took[word, OUTPUT][by] - took[word, 1][by] for word in ("on", "off")}
+            found[f"throughput {name}"] = took["off", OUTPUT][by] / took["on", OUTPUT][by]
+            found[f"TPOT {name}"] = tpot["on"] / tpot["off"]
+        return found
 
 
 def interval(values: list[float]) -> str:
@@ -100,7 +111,9 @@ def interval(values: list[float]) -> str:
 
 
 def main() -> None:
-    rounds, level, *counts = (*sys.argv[1:], *("40", "batches", "1", "16")[len(sys.argv) - 1 :])
+    given = sys.argv[1:]
+    rounds, level = (*given[:2], *("40", "batches")[len(given) :])
+    counts = given[2:] or ["1", "16"]
     stack = load_stack(os.environ.get("STACK", "cpu"), root=places.ROOT)
     stack_dir = ensure(stack, cache=places.cache(), say=print)
     builder = with_python(stack_dir / "bin" / "python")
@@ -112,15 +125,14 @@ def main() -> None:
         with serving(
             stack, stack_dir, model, folder=folder, args=("--max-total-tokens", "8192"), env=env
         ) as served:
-            caller = Caller(served)
+            (file,), _ = read_events(folder / "events")
+            caller = Caller(served, scheduler=file.pid)
             for requests in map(int, counts):
                 caller.one_round(requests=requests, on_first=True)
                 pairs = [caller.one_round(requests=requests, on_first=n % 2 == 0) for n in range(int(rounds))]
-                for name, values in zip(("throughput", "TPOT"), zip(*pairs, strict=True), strict=True):
-                    print(
-                        f"{level}, {requests} at once, {rounds} pairs: {name} {interval(list(values))}",
-                        flush=True,
-                    )
+                for name in pairs[0]:
+                    ratio = interval([pair[name] for pair in pairs])
+                    print(f"{level}, {requests} at once, {rounds} pairs: {name} {ratio}", flush=True)
             time.sleep(1)
         (file,), _ = read_events(folder / "events")
     # A probe that lost events or failed would be cheap for the wrong reason; one that was never off, dear for no reason.

@@ -118,6 +118,11 @@ def test_events_out_of_order_are_kept_and_counted(tmp_path: Path) -> None:
     assert file.backwards == 2
 
 
+def test_the_writers_own_lines_may_stand_before_earlier_events(tmp_path: Path) -> None:
+    rows = [event("flush", 6), event("memory", 9), event("counters", 9), event("flush", 8)]
+    assert read(write(tmp_path / "events-tp0-8.jsonl", header(), *rows)).backwards == 0
+
+
 def test_a_unix_clock_that_is_set_back(tmp_path: Path) -> None:
     """By ten seconds between the first and the second counters; events after that have the new time."""
     counters = [

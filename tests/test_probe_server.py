@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from parts import need
 from probeserver import Served, probe_env, serving
-from realstack import real_stack
 
+from lab import places
+from lab.errors import LabError
 from lab.probe.labprobe.schema import EVENTS
 from lab.read import prom, serverlog
 from lab.read.events import ProbeFile, Totals, frame, read_events, totals
+from lab.stack import Stack, load_stack
+from lab.stacks.build import ensure
 
-# A pool for about eight of the requests, and an order not to keep room for their answers: some are put back.
+# Releases without a counter or a log field for something are held to what they have.
+STACKS = [name for name in ("cpu", "cpu046") if (places.ROOT / "containers" / name).is_dir()]
+# A pool for about six of the requests, and an order not to keep room for their answers: some are put back.
 ARGS = ("--max-total-tokens", "1024", "--schedule-conservativeness", "0.01", "--chunked-prefill-size", "256")
 OBSERVE = ("--enable-metrics", "--enable-cache-report", "--decode-log-interval", "1", "--random-seed", "1")
-CROWD, PREFIX, TAIL, ANSWER = 12, 40, 24, 120
+CROWD, PREFIX, TAIL, ANSWER = 14, 40, 44, 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,8 @@ class Seen:
     log: serverlog.LogRecords
     file: ProbeFile
     sums: Totals
+    new: bool
+    """SGLang 0.5: it counts evictions, retractions and the tokens of batches, and aligns its chunks otherwise."""
 
 
 def ids(draw: random.Random, count: int) -> list[int]:
@@ -74,12 +82,23 @@ def drive(served: Served) -> None:
     runner.join()
 
 
-@pytest.fixture(scope="module")
-def seen(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def built(name: str) -> tuple[Stack, Path]:
+    """The stack and its folder, built on first use; the test is skipped, or fails, where it cannot be."""
+    try:
+        stack = load_stack(name, root=places.ROOT)
+        return stack, ensure(stack, cache=places.cache(), say=print)
+    except LabError as error:
+        need(False, f"the {name} stack: {error}")
+        raise
+
+
+@pytest.fixture(scope="module", params=STACKS)
+def seen(request: pytest.FixtureRequest, nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """One run at the finest level, in which a hook's body raises once."""
-    stack, stack_dir = real_stack()
+    stack, stack_dir = built(request.param)
     folder = tmp_path_factory.mktemp("probed")
-    env = {**probe_env(folder / "events", level="cache"), "LAB_PROBE_FAULT": "arrive:2"}
+    new = not stack.sglang.startswith("0.4")
+    env = {**probe_env(folder / "events", level="cache", plugins=new), "LAB_PROBE_FAULT": "arrive:2"}
     with serving(stack, stack_dir, nano, folder=folder, args=(*ARGS, *OBSERVE), env=env) as served:
         drive(served)
         time.sleep(1.5)  # the scheduler writes its gauges, the probe its events and counters
@@ -90,7 +109,7 @@ def seen(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     files, empty = read_events(folder / "events")
     assert (len(files), empty) == (1, ())
     log = serverlog.parse(text.splitlines(keepends=True))
-    return Seen(metrics=metrics, log=log, file=files[0], sums=totals(files[0]))
+    return Seen(metrics=metrics, log=log, file=files[0], sums=totals(files[0]), new=new)
 
 
 def counter(seen: Seen, name: str, **labels: str) -> float:
@@ -121,32 +140,38 @@ def test_prefill_batches_are_those_of_the_log(seen: Seen) -> None:
         events[["new_tokens", "cached_tokens", "requests"]].itertuples(index=False, name=None)
     )
     assert [batch.running_reqs for batch in lines] == events["running"].tolist()
-    assert seen.sums.computed_tokens == counter(seen, "realtime_tokens_total", mode="prefill_compute")
-    assert seen.sums.found_tokens == counter(seen, "realtime_tokens_total", mode="prefill_cache")
+    assert seen.sums.computed_tokens == sum(batch.new_tokens or 0 for batch in lines)
+    if seen.new:
+        assert seen.sums.computed_tokens == counter(seen, "realtime_tokens_total", mode="prefill_compute")
+        assert seen.sums.found_tokens == counter(seen, "realtime_tokens_total", mode="prefill_cache")
     assert events["chunked"].sum() >= 2
 
 
 def test_decode_batches(seen: Seen) -> None:
-    assert seen.sums.decoded_tokens == counter(seen, "realtime_tokens_total", mode="decode")
+    if seen.new:
+        assert seen.sums.decoded_tokens == counter(seen, "realtime_tokens_total", mode="decode")
     events = frame((seen.file,), "batch").query("mode == 'decode'")
     lines = [batch for batch in seen.log.batches if batch.kind == "decode"]
     assert len(events) == len(lines)
 
 
 def test_evicted_tokens(seen: Seen) -> None:
-    assert seen.sums.evicted_tokens == counter(seen, "evicted_tokens_total") > 0
+    assert seen.sums.evicted_tokens > 0
+    if seen.new:
+        assert seen.sums.evicted_tokens == counter(seen, "evicted_tokens_total")
     assert frame((seen.file,), "evict_node")["tokens"].sum() == seen.sums.evicted_tokens
 
 
 def test_retractions(seen: Seen) -> None:
     sums = seen.sums
-    assert sums.retracted_requests == counter(seen, "num_retracted_requests_total") > 0
-    assert sums.retracted_prompt_tokens == counter(seen, "num_retracted_input_tokens_total")
-    assert sums.retracted_output_tokens == counter(seen, "num_retracted_output_tokens_total")
+    assert sums.retracted_requests > 0
     events = frame((seen.file,), "retraction")
-    assert [(r.retracted_reqs, r.gained_tokens) for r in seen.log.retractions] == list(
-        events[["requests", "freed_tokens"]].itertuples(index=False, name=None)
-    )
+    assert [line.retracted_reqs for line in seen.log.retractions] == events["requests"].tolist()
+    if seen.new:
+        assert [line.gained_tokens for line in seen.log.retractions] == events["freed_tokens"].tolist()
+        assert sums.retracted_requests == counter(seen, "num_retracted_requests_total")
+        assert sums.retracted_prompt_tokens == counter(seen, "num_retracted_input_tokens_total")
+        assert sums.retracted_output_tokens == counter(seen, "num_retracted_output_tokens_total")
     back = frame((seen.file,), "retracted")
     assert len(back) == sums.retracted_requests
     finished = frame((seen.file,), "finished").set_index("rid")
@@ -183,10 +208,12 @@ def test_the_tree_grows_and_shrinks_by_what_the_events_say(seen: Seen) -> None:
 
 
 def test_a_requests_match_is_what_was_scheduled(seen: Seen) -> None:
+    """For those that were scheduled once and whole."""
     matches = frame((seen.file,), "match").query("why == 'schedule'").groupby("rid")["hit_tokens"].last()
-    parts = frame((seen.file,), "scheduled").groupby("rid")["cached_tokens"].last()
-    for rid in (f"crowd-{n:02d}" for n in range(CROWD)):
-        assert matches[rid] == parts[rid]
+    parts = frame((seen.file,), "scheduled").groupby("rid").filter(lambda group: len(group) == 1)
+    cached = parts.set_index("rid")["cached_tokens"]
+    assert len(cached) > CROWD / 2
+    assert matches[cached.index].to_dict() == cached.to_dict()
 
 
 def test_both_pools_add_up_at_every_batch(seen: Seen) -> None:

@@ -18,6 +18,8 @@ from lab.probe.labprobe.schema import EVENTS, SCHEMA, wanted
 from lab.read.jsonl import Problem, Row, scan
 
 PATTERN = "events-*.jsonl"
+# Noted by the thread that writes, while the scheduler notes others that are written after them.
+WRITERS_OWN = ("memory", "counters")
 # Both clocks are read one after the other; between the two the process may be put aside for so long.
 STEP_MS = 100.0
 
@@ -39,7 +41,7 @@ class ProbeFile:
     problems: tuple[Problem, ...]
     """Lines that could not be read. That of a killed server's file is often its last."""
     backwards: int
-    """Events earlier than the line before them."""
+    """Events of the scheduler's earlier than its one before."""
 
     @property
     def complete(self) -> bool:
@@ -125,9 +127,10 @@ def read_file(path: Path) -> ProbeFile | str:
         if isinstance(row, Problem) or reason:
             problems.append(row if isinstance(row, Problem) else Problem(number, str(row)[:200], reason))
             continue
-        moment = _whole(row.get("t_ns"))
-        backwards += moment < last
-        last = moment
+        if row["e"] not in WRITERS_OWN:
+            moment = _whole(row.get("t_ns"))
+            backwards += moment < last
+            last = moment
         events[str(row["e"])].append(row)
     return ProbeFile(
         path=path,
