@@ -58,9 +58,6 @@ class Bodies:
 
     # ------------------------------------------------------------ batches
 
-    def form_begins(self, *args: object, **kwargs: object) -> int:
-        return self.o.form_begins()
-
     def form_ends(
         self, start: int, result: object, scheduler: object, *args: object, **kwargs: object
     ) -> None:
@@ -70,14 +67,12 @@ class Bodies:
             return
         self.o.form_ends(start, found=True, running=len(running.reqs), waiting=len(scheduler.waiting_queue))
 
-    def run_begins(self, *args: object, **kwargs: object) -> int:
-        return self.o.run_begins()
-
     def run_ends(
         self, start: int, result: object, scheduler: object, batch: object, *args: object, **kw: object
     ) -> None:
         reqs = batch.reqs
-        mode = MODES.get(batch.forward_mode.name, batch.forward_mode.name)
+        name = batch.forward_mode._name_  # `name` goes through a descriptor in Python, on every batch
+        mode = MODES.get(name, name)
         new, cached, forward = len(reqs), 0, scheduler.forward_ct
         if mode in ("prefill", "mixed"):
             prompts = len(reqs) - len(batch.decoding_reqs or ())
@@ -119,7 +114,7 @@ class Bodies:
     ) -> None:
         start, alive, new = token
         if batch.reqs is None:  # a result without a batch, which starts the overlap loop
-            self.o.pop()
+            self.o.result_ends()
             return
         forward = self.o.done_ends(start, forward=self.forward(scheduler, batch))
         for req in new:

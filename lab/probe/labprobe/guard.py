@@ -41,6 +41,7 @@ class Guard:
         self.on = True
         self.errors = 0
         self._report = report
+        self.faults = fault > 0
         self._calls_to_fault = fault
 
     def failed(self, error: Exception) -> None:
@@ -53,10 +54,9 @@ class Guard:
 
     def maybe_fault(self) -> None:
         """Raise in the call that a test asked for."""
-        if self._calls_to_fault:
-            self._calls_to_fault -= 1
-            if not self._calls_to_fault:
-                raise RuntimeError("this fault was asked for")
+        self._calls_to_fault -= 1
+        if not self._calls_to_fault:
+            raise RuntimeError("this fault was asked for")
 
 
 def wrap(original: Function, hook: Hook, guard: Guard) -> Function:
@@ -75,7 +75,8 @@ def wrap(original: Function, hook: Hook, guard: Guard) -> Function:
         result = original(*args, **kwargs)
         if ready:
             try:
-                guard.maybe_fault()
+                if guard.faults:
+                    guard.maybe_fault()
                 after(token, result, *args, **kwargs)
             except Exception as error:
                 guard.failed(error)

@@ -62,6 +62,8 @@ class Observer:
         self.chunked_rids: set[object] = set()
         self.prefill: tuple[int, int] | None = None  # new and cached tokens, where a release tells them apart
         self.push, self.pop = nvtx.ranges() if nvtx_on else nvtx.NOTHING
+        # Without ranges the beginning of a stage is a look at the clock, and no call more than that.
+        self.ranges = self.push is not nvtx.NOTHING[0]
         self._levels_every = 0 if self.requests else LEVELS_EVERY_NS
         self._levels_due = 0
         self._idle_turns = 0
@@ -81,12 +83,14 @@ class Observer:
 
     # ------------------------------------------------------------ a batch: formed, run, done
 
-    def form_begins(self) -> int:
-        self.push("lab.form")
+    def form_begins(self, *args: object, **kwargs: object) -> int:
+        if self.ranges:
+            self.push("lab.form")
         return now()
 
     def form_ends(self, start: int, *, found: bool, running: int, waiting: int) -> None:
-        self.pop()
+        if self.ranges:
+            self.pop()
         if not found:
             self._idle_turns += 1
             return
@@ -94,15 +98,17 @@ class Observer:
         self._formed = (running, waiting, self._idle_turns, start, end - start, self.levels(end))
         self._idle_turns = 0
 
-    def run_begins(self) -> int:
-        self.push("lab.run")
+    def run_begins(self, *args: object, **kwargs: object) -> int:
+        if self.ranges:
+            self.push("lab.run")
         return now()
 
     def run_ends(
         self, start: int, *, forward: int, mode: str, requests: int, new: int, cached: int, chunked: bool
     ) -> None:
         took = now() - start
-        self.pop()
+        if self.ranges:
+            self.pop()
         running, waiting, idle, formed_at, form_ns, levels = self._formed or (
             None,
             None,
@@ -117,13 +123,15 @@ class Observer:
         if len(self._pending) > PENDING:
             self._batch(self._pending.popleft(), None, None)
 
-    def done_begins(self) -> int:
-        self.push("lab.result")
+    def done_begins(self, *args: object, **kwargs: object) -> int:
+        if self.ranges:
+            self.push("lab.result")
         return now()
 
     def done_ends(self, start: int, *, forward: int | None) -> int | None:
         """Write the batch; results come in the order of launches. The number of its forward pass comes back."""
-        self.pop()
+        if self.ranges:
+            self.pop()
         while self._pending:
             first = self._pending.popleft()
             if forward is None or first[0] == forward:
@@ -131,6 +139,11 @@ class Observer:
                 return first[0]  # type: ignore[return-value]
             self._batch(first, None, None)
         return forward
+
+    def result_ends(self) -> None:
+        """A result that belongs to no batch."""
+        if self.ranges:
+            self.pop()
 
     def _batch(self, pending: tuple[object, ...], done_at: int | None, done_ns: int | None) -> None:
         _, head, levels = pending

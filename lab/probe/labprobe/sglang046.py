@@ -130,9 +130,9 @@ def _of_batches(b: Bodies046, t: TreeBodies046) -> tuple[Hook, ...]:
 
     return (
         of("create", "Scheduler.__init__", "self server_args port_args gpu_id tp_rank", b.begin, b.created),
-        of("form", "Scheduler.get_next_batch_to_run", "self", b.form_begins, b.form_ends),
+        of("form", "Scheduler.get_next_batch_to_run", "self", b.o.form_begins, b.form_ends),
         of("log", "Scheduler.log_prefill_stats", "self adder can_run_list running_bs", b.logs, b.ends),
-        of("run", "Scheduler.run_batch", "self batch", b.run_begins, b.run_ends),
+        of("run", "Scheduler.run_batch", "self batch", b.o.run_begins, b.run_ends),
         of("done", "Scheduler.process_batch_result", "self batch result", b.done_begins, b.done_ends),
         of("flush", "Scheduler.flush_cache", "self", b.begin, b.flushed),
         of(

@@ -38,8 +38,8 @@ def _of_batches(b: Bodies, t: TreeBodies) -> tuple[Hook, ...]:
 
     return (
         of("create", "Scheduler.__init__", "self server_args port_args", b.begin, b.created),
-        of("form", "Scheduler.get_next_batch_to_run", "self", b.form_begins, b.form_ends),
-        of("run", "Scheduler.run_batch", "self batch", b.run_begins, b.run_ends),
+        of("form", "Scheduler.get_next_batch_to_run", "self", b.o.form_begins, b.form_ends),
+        of("run", "Scheduler.run_batch", "self batch", b.o.run_begins, b.run_ends),
         of("done", "Scheduler.process_batch_result", "self batch result", b.done_begins, b.done_ends),
         of("flush", "Scheduler.flush_cache", "self", b.begin, flushed),
         of("retract", "ScheduleBatch.retract_decode", "self", b.retract_begins, b.retract_ends, BATCH),
