@@ -30,7 +30,7 @@ from lab.read.events import read_events
 from lab.stack import load_stack
 from lab.stacks.build import ensure
 
-PROMPT, OUTPUT = 64, 6000
+PROMPT, OUTPUT = 64, 5000
 TURN_S = 1.0
 # At the start of a turn the writer may still be at what the one before left in the queue.
 SETTLE_S = 0.3
