@@ -23,9 +23,10 @@ class Dialect:
     a file of its own (`export`) or its log (`log`). `unknown_flags` are server arguments of newer releases that
     experiments use and this one refuses.
 
-    Of bench_serving: `implied` are flags that it lacks, each with the value that it acts by; `added` are arguments that every
-    load gets; `bench_extra` is how many requests it sends before the load, whatever it is told. `datasets` are the loads that the lab has a program for in this release;
-    `silent` are columns of the tables that it gives no source for, each with the reason.
+    Of bench_serving: `implied` are flags that it lacks, each with the value that it acts by; `added` are arguments that
+    every load gets; `bench_extra` is how many requests it sends before the load, whatever it is told. `datasets` are
+    the loads that the lab has a program for in this release; `silent` are columns of the tables that it gives no
+    source for, each with the reason.
     """
 
     release: str
