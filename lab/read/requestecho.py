@@ -109,7 +109,8 @@ def _records(log: Path, answers: dict[str, str]) -> Iterator[ServerRecord | str]
 
 def _received(said: str) -> tuple[str, str]:
     """A request's id and its prompt, as the export would have it."""
-    prompt, rid = _PROMPT.match(said), _RID.search(said)
+    prompt = _PROMPT.match(said)
+    rid = _RID.search(said, prompt.end()) if prompt else None
     if prompt is None or rid is None:
         raise ValueError("a request without a prompt or an id, or one of several prompts")
     text, ids = (ast.literal_eval(part) for part in prompt.groups())
