@@ -7,6 +7,7 @@ the real one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
@@ -21,7 +22,8 @@ class Dialect:
     `health` answers 200 when the HTTP server is up; where `warm_up_pending` that is before the server's own warm-up
     request is done, which `requests_total` then counts. `records` is where the server's account of each request is:
     a file of its own (`export`) or its log (`log`). `unknown_flags` are server arguments of newer releases that
-    experiments use and this one refuses.
+    experiments use and this one refuses; `on_cpu` are those that it has and that only one value of works without a GPU:
+    flag, value, and why the others do not.
 
     Of bench_serving: `implied` are flags that it lacks, each with the value that it acts by; `added` are arguments that
     every load gets; `bench_extra` is how many requests it sends before the load, whatever it is told. `datasets` are
@@ -38,6 +40,7 @@ class Dialect:
     metrics: str = "/metrics"
     server_env: tuple[tuple[str, str], ...]
     unknown_flags: tuple[str, ...] = ()
+    on_cpu: tuple[tuple[str, str, str], ...] = ()
     requests_total: str = "num_requests_total"
     prompt_total: str = "prompt_tokens_total"
     cached_total: str = "cached_tokens_total"
@@ -79,9 +82,17 @@ class Dialect:
         """How many requests a load of this kind sends before those it was asked for."""
         return 0 if dataset == "chat" else self.bench_extra
 
-    def refused(self, args: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of a server's arguments that this release does not have."""
-        return tuple(word for word in args if word in self.unknown_flags)
+    def refused(self, args: tuple[str, ...], *, device: str) -> tuple[str, ...]:
+        """What a server of this release cannot do of these arguments on a "cpu" or "cuda" device, in words."""
+        unknown = [f"no {word}" for word in args if word in self.unknown_flags]
+        given = dict(pairwise(args))  # of a flag that is given twice, the last one counts
+        limits = self.on_cpu if device == "cpu" else ()
+        unable = [
+            f"no {flag} {given[flag]} without a GPU: {why}"
+            for flag, value, why in limits
+            if given.get(flag, value) != value
+        ]
+        return (*unknown, *unable)
 
 
 DIALECTS = (
@@ -99,6 +110,13 @@ DIALECTS = (
             "--export-metrics-to-file-dir",
             "--max-queued-requests",
             "--enable-deterministic-inference",
+        ),
+        on_cpu=(
+            ("--tp-size", "1", "its all-reduce and all-gather need a GPU"),
+            ("--tensor-parallel-size", "1", "its all-reduce and all-gather need a GPU"),
+            ("--page-size", "1", "its paged allocator is a Triton kernel"),
+            ("--attention-backend", "torch_native", "the others need a GPU"),
+            ("--grammar-backend", "none", "a grammar's mask has no CPU version"),
         ),
         evicted_total="",
         retracted_total="",

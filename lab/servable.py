@@ -19,9 +19,9 @@ def left_out_of(experiment: Experiment, *, stack: Stack, dialect: Dialect) -> di
     """
     sglang = f"SGLang {stack.sglang}"
     reasons = {
-        variant.name: f"{sglang} has no {', '.join(refused)}"
+        variant.name: f"{sglang} has {', '.join(refused)}"
         for variant in experiment.variants
-        if (refused := dialect.refused((*experiment.server, *variant.args)))
+        if (refused := dialect.refused((*experiment.server, *variant.args), device=stack.device))
     }
     if len(reasons) == len(experiment.variants):
         raise _cannot(experiment, stack=stack, why="; ".join(dict.fromkeys(reasons.values())))

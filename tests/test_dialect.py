@@ -351,6 +351,45 @@ def test_a_variant_that_a_release_refuses_is_left_out_and_said(tmp_path: Path) -
     assert "left_out" not in to_json(plan_of("radix", stack))
 
 
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("--tp-size", "2"), "no --tp-size 2 without a GPU: its all-reduce and all-gather need a GPU"),
+        (
+            ("--tp-size", "1", "--tp-size", "4"),
+            "no --tp-size 4 without a GPU: its all-reduce and all-gather need a GPU",
+        ),
+        (("--page-size", "16"), "no --page-size 16 without a GPU: its paged allocator is a Triton kernel"),
+        (
+            ("--attention-backend", "triton"),
+            "no --attention-backend triton without a GPU: the others need a GPU",
+        ),
+        (("--tp-size", "2", "--tp-size", "1"), ""),
+        (("--attention-backend", "torch_native", "--disable-radix-cache"), ""),
+    ],
+)
+def test_what_a_release_cannot_do_without_a_gpu_is_left_out_there_only(
+    args: tuple[str, ...], reason: str
+) -> None:
+    assert OLD.refused(args, device="cpu") == ((reason,) if reason else ())
+    assert OLD.refused(args, device="cuda") == ()
+    assert NEW.refused(args, device="cpu") == ()
+    radix = small()
+    experiment = replace(
+        radix, variants=(*radix.variants, replace(radix.variants[0], name="more", args=args))
+    )
+    left = left_out_of(experiment, stack=STACKS["cpu046"], dialect=OLD)
+    assert left == ({"more": f"SGLang 0.4.6.post5 has {reason}"} if reason else {})
+    assert left_out_of(experiment, stack=STACKS["cu125"], dialect=OLD) == {}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_no_stack_is_told_what_its_release_cannot_do(name: str) -> None:
+    stack = STACKS[name]
+    told = (*stack.server_args, *stack.observe_args)
+    assert get_dialect(stack.dialect).refused(told, device=stack.device) == ()
+
+
 def test_an_experiment_of_which_nothing_is_left_is_refused() -> None:
     with pytest.raises(LabError, match="cannot run on stack 'cpu046'") as caught:
         left_out_of(small(server=("--skip-server-warmup",)), stack=STACKS["cpu046"], dialect=OLD)
