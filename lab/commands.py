@@ -9,8 +9,9 @@ from __future__ import annotations
 import shlex
 
 from lab import dockerscript
+from lab.dialect import dialect_of
 from lab.plan import PLACEHOLDERS, LoadStep, Plan, Process, Trial
-from lab.shell import by_flag, wrapped
+from lab.shell import asked_of_server, by_flag, wrapped
 
 HEAD = """\
 #!/usr/bin/env bash
@@ -40,7 +41,7 @@ trap 'exit 130' INT TERM
 wait_ready() {{
   for _ in $(seq $((READY_S * 5))); do
     kill -0 "$SERVER" 2>/dev/null || {{ tail -n 20 "$TRIAL/server.log"; echo "the server ended" >&2; exit 1; }}
-    curl -sf -o "$TRIAL/health" "http://127.0.0.1:$PORT/health" && return
+    {ready} && return
     sleep 0.2
   done
   echo "the server was not ready after $READY_S s" >&2; exit 1
@@ -49,11 +50,11 @@ wait_ready() {{
 begin_load() {{
   LOAD=$TRIAL/loads/$1; mkdir -p "$LOAD"
   echo "  load $1"
-  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT/flush_cache"
-  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT/metrics"
+  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT{flush}"
+  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT{metrics}"
 }}
 
-end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT/metrics"; }}
+end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT{metrics}"; }}
 """
 
 
@@ -70,6 +71,7 @@ def script(plan: Plan) -> str:
         port=plan.port or 31999,
         ready_s=max(1, int(plan.ready_s)),
         stop_polls=max(1, int(plan.stop_s * 5)),
+        **asked_of_server(dialect_of(plan.sglang)),
     )
     return head + "".join(_trial(plan, trial) for trial in plan.trials) + '\necho "results are in $OUT"\n'
 

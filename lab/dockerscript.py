@@ -7,8 +7,9 @@ import shlex
 
 from lab.boxes import VALUES, Folders, Names, container
 from lab.container import RUN_LABEL, Container, Setup, run_words, volume_options
+from lab.dialect import dialect_of
 from lab.plan import LoadStep, Plan, Process, Trial, fill
-from lab.shell import by_flag, wrapped
+from lab.shell import asked_of_server, by_flag, wrapped
 
 NAMES = Names(run_id="${ID}")
 VARIABLES = ("ID", "CALLER", "IMAGE", "SERVER", "MODEL", "LAB", "JIT", "TRIAL", "SCRATCH")
@@ -53,7 +54,7 @@ wait_ready() {{
   PORT=$(docker port "$SERVER" 30000/tcp | head -n 1); PORT=${{PORT##*:}}
   for _ in $(seq $((READY_S * 5))); do
     running || {{ tail -n 20 "$TRIAL/server.log"; echo "the server ended" >&2; exit 1; }}
-    curl -sf -o "$TRIAL/health" "http://127.0.0.1:$PORT/health" && return
+    {ready} && return
     sleep 0.2
   done
   echo "the server was not ready after $READY_S s" >&2; exit 1
@@ -62,11 +63,11 @@ wait_ready() {{
 begin_load() {{
   LOAD=$TRIAL/loads/$1; mkdir -p "$LOAD"
   echo "  load $1"
-  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT/flush_cache"
-  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT/metrics"
+  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT{flush}"
+  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT{metrics}"
 }}
 
-end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT/metrics"; }}
+end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT{metrics}"; }}
 
 mkdir -p "$JIT"
 docker network create --driver bridge --label "{label}=$ID" "{network}" > /dev/null
@@ -87,6 +88,7 @@ def script(plan: Plan, setup: Setup) -> str:
         jit=shlex.quote(setup.jit),
         ready_s=max(1, int(plan.ready_s)),
         stop_polls=max(1, int(plan.stop_s * 5)),
+        **asked_of_server(dialect_of(plan.sglang)),
         label=RUN_LABEL,
         network=NAMES.network,
         volumes="\n".join((_volume(NAMES.model, "${MODEL}"), _volume(NAMES.jit, "${JIT}"))),

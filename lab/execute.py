@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lab import scratch
 from lab.client import ClientHost
+from lab.dialect import dialect_of
 from lab.errors import LabError
 from lab.gpuwatch import GpuWatch
 from lab.plan import LoadStep, Plan, Process, Trial, fill
@@ -203,12 +204,14 @@ def _serve(
     def starting(waiting: Waiting) -> None:
         progress.live(f"{title}: starting the server | {waiting.last_line}")
 
-    url = f"http://127.0.0.1:{at.port}/health"
+    dialect = dialect_of(plan.sglang)
+    url = f"http://127.0.0.1:{at.port}{dialect.health}"
     at.ready_s = runtime.wait_ready(server, url=url, deadline_s=plan.ready_s, say=starting)
     at.gpu_pids = watch.pids()
     host.wait_ready(deadline_s=plan.ready_s, watch=(server,))
-    api = Server(at.port)
+    api = Server(at.port, dialect=dialect)
     try:
+        api.wait_warm(deadline_s=plan.ready_s)
         write_json(files.server_info, {"server_info": api.info()})
         for step in trial.loads:
             at.phase = f"load {step.name}"
@@ -235,8 +238,9 @@ def _load(
     before = api.metrics()
     write_text(files.before, before)
     argv = tuple(fill(word, {**place.values, "LOAD": place.inside(files.path)}) for word in step.argv)
+    requests = step.requests + dialect_of(plan.sglang).extra_requests(step.dataset)
     done = host.run(argv, log=place.inside(files.log), deadline_s=plan.load_s, watch=(server,))
-    write_text(files.after, api.settled_metrics(before=before, requests=step.requests))
+    write_text(files.after, api.settled_metrics(before=before, requests=requests))
     write_json(files.status, {"exit": done.exit, "started": done.started, "ended": done.ended})
     if done.exit != 0:
         log = files.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]

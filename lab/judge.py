@@ -18,10 +18,17 @@ from lab.stats import Interval, mean_interval, ratio_interval
 
 
 def judge(
-    claims: tuple[Claim, ...], tables: Mapping[str, pd.DataFrame], *, capabilities: tuple[str, ...]
+    claims: tuple[Claim, ...],
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    capabilities: tuple[str, ...],
+    absent: Mapping[str, str] | None = None,
 ) -> tuple[Verdict, ...]:
-    """One verdict a claim, in order. `tables` holds `trials`, `requests` and `loads` of `tables.tabulate`."""
-    return tuple(_judge(claim, tables, capabilities) for claim in claims)
+    """One verdict a claim, in order. `tables` holds `trials`, `requests` and `loads` of `tables.tabulate`.
+
+    `absent` says why a variant or a column is not there, by its name.
+    """
+    return tuple(_judge(claim, tables, capabilities, absent or {}) for claim in claims)
 
 
 def samples(measure: Measure, variant: str, tables: Mapping[str, pd.DataFrame]) -> dict[int, float]:
@@ -49,7 +56,12 @@ def _reduce(column: pd.Series[float], how: Reduce) -> float:
     return float(column.agg(how))
 
 
-def _judge(claim: Claim, tables: Mapping[str, pd.DataFrame], capabilities: tuple[str, ...]) -> Verdict:
+def _judge(
+    claim: Claim,
+    tables: Mapping[str, pd.DataFrame],
+    capabilities: tuple[str, ...],
+    absent: Mapping[str, str],
+) -> Verdict:
     unit = "ratio" if claim.against else _unit(claim.measure)
     lacking = [need for need in claim.needs if need not in capabilities]
     if lacking:
@@ -58,6 +70,9 @@ def _judge(claim: Claim, tables: Mapping[str, pd.DataFrame], capabilities: tuple
     other = own if claim.against is None else samples(claim.measure, claim.against, tables)
     repeats = sorted(own.keys() & other.keys())
     if not repeats:
+        for name in (claim.variant, claim.against or "", claim.measure.column):
+            if name in absent:
+                return _untested(claim, unit, f"no {name}: {absent[name]}")
         where = claim.variant if claim.against is None else f"{claim.variant} and {claim.against}"
         return _untested(claim, unit, f"no valid trial of {where} has {claim.measure.label()}")
     values = [own[r] for r in repeats]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lab import lru
+from lab.dialect import Dialect
 from lab.plan import LoadStep, Trial
 from lab.read import prom
+from lab.read.requestecho import Tokens
 from lab.read.requestlog import COLUMNS, client_frame, join
 from lab.rundir import LoadFiles
 
@@ -52,19 +54,26 @@ def read_load(
     server: pd.DataFrame,
     pool_tokens: float,
     duration_s: float,
+    dialect: Dialect,
+    logged_retractions: float,
+    apart: Tokens,
 ) -> LoadTables:
     """Join what client and server say of the load's requests, add the predictions, count.
 
-    `server` are the server's records of the load (`serverrecords`), `pool_tokens` its KV slots.
+    `server` are the server's records of the load (`serverrecords`), `pool_tokens` its KV slots; `logged_retractions`
+    count where the release has no counter of them, `apart` is what the counters hold of other requests.
     """
-    client, notes = client_frame(files, dataset=step.dataset)
+    client, notes = client_frame(files, dataset=step.dataset, answers=dialect.records == "log")
     requests = join(client, server) if len(client) else pd.DataFrame(columns=list(COLUMNS))
     if step.hit_rate == 0:  # no cache, or nothing planned to share: nothing is predicted, whatever is alike
         requests["predicted_share"] = requests["lru_share"] = 0.0
     elif step.one_by_one and pool_tokens < step.working_set_tokens:
         requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens))
     deltas = prom.difference(prom.read(files.before), prom.read(files.after))
-    numbers = _numbers(step, requests, deltas, pool_tokens=pool_tokens) | {"duration_s": duration_s}
+    numbers = _numbers(step, requests, deltas, pool_tokens=pool_tokens, dialect=dialect, apart=apart)
+    numbers["duration_s"] = duration_s
+    if not dialect.retracted_total:
+        numbers["retracted_requests"] = logged_retractions
     for place, (name, value) in enumerate(keys_of(trial, step).items()):
         requests.insert(place, name, trial.repeat if name == "repeat" else str(value))
     return LoadTables(
@@ -82,12 +91,20 @@ def _metric(trial: Trial, step: LoadStep, delta: prom.CounterDelta) -> Row:
 
 
 def _numbers(
-    step: LoadStep, requests: pd.DataFrame, deltas: tuple[prom.CounterDelta, ...], *, pool_tokens: float
+    step: LoadStep,
+    requests: pd.DataFrame,
+    deltas: tuple[prom.CounterDelta, ...],
+    *,
+    pool_tokens: float,
+    dialect: Dialect,
+    apart: Tokens,
 ) -> dict[str, float]:
     def counted(name: str) -> float:
-        return prom.total(deltas, f"sglang:{name}", default=0.0)
+        """A counter that the release has and has not used yet is 0; one that it does not have is no number."""
+        return prom.total(deltas, f"sglang:{name}", default=0.0) if name else float("nan")
 
-    prompt, cached = counted("prompt_tokens_total"), counted("cached_tokens_total")
+    prompt = counted(dialect.prompt_total) - apart.prompt
+    cached = counted(dialect.cached_total) - apart.cached
     tokens = requests["prompt_tokens"].astype(float)
     predicted = (tokens * requests["predicted_share"].astype(float)).sum() / max(1.0, tokens.sum())
     lru_rate = (tokens * requests["lru_share"].astype(float)).sum() / max(1.0, tokens.sum())
@@ -100,9 +117,9 @@ def _numbers(
         "succeeded": float(requests["success"].sum()),
         "prompt_tokens": prompt,
         "cached_tokens": cached,
-        "generated_tokens": counted("generation_tokens_total"),
-        "evicted_tokens": counted("evicted_tokens_total"),
-        "retracted_requests": counted("num_retracted_requests_total"),
+        "generated_tokens": counted(dialect.generated_total) - apart.generated,
+        "evicted_tokens": counted(dialect.evicted_total),
+        "retracted_requests": counted(dialect.retracted_total),
         "pool_tokens": pool_tokens,
         "working_set_tokens": float(step.working_set_tokens),
         "hit_rate": hit_rate,

@@ -11,20 +11,22 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from lab.claims import Claim
 from lab.container import Setup
+from lab.dialect import Dialect, get_dialect
 from lab.errors import LabError
 from lab.experiment import Experiment, Source
 from lab.models import Model
 from lab.rundir import SCHEMA, Run, refuse_newer
 from lab.seats import Seat
+from lab.servable import left_out_of, without
 from lab.site import Site
 from lab.stack import Stack
-from lab.told import CLIENT_PRELOAD, COMMON_ENV, SERVER_ENV, gpu_env
+from lab.told import COMMON_ENV, gpu_env
 from lab.workload import Workload
 
 PLACEHOLDERS = {
@@ -99,7 +101,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An experiment resolved for a site, a stack and a model. Seconds in the deadlines."""
+    """An experiment resolved for a site, a stack and a model. Seconds in the deadlines.
+
+    `left_out` are variants that this SGLang cannot serve, with the reasons; a file without any lacks the key.
+    """
 
     schema: int
     experiment: str
@@ -124,6 +129,7 @@ class Plan:
     trials: tuple[Trial, ...]
     claims: tuple[Claim, ...]
     containers: Setup | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(
@@ -152,6 +158,8 @@ def make_plan(
             why="each repeat is a trial of every variant",
             fix="use 1 to 100",
         )
+    dialect = get_dialect(stack.dialect)
+    left_out = left_out_of(experiment, stack=stack, dialect=dialect)
     return Plan(
         schema=SCHEMA,
         experiment=experiment.name,
@@ -172,10 +180,13 @@ def make_plan(
         load_s=site.load_s,
         stop_s=site.stop_s,
         places=places,
-        preload=CLIENT_PRELOAD,
-        trials=_trials(experiment, stack=stack, site=site, seats=seats, repeats=count, seed=seed),
+        preload=dialect.preload,
+        trials=_trials(
+            without(experiment, left_out), stack=stack, site=site, seats=seats, repeats=count, seed=seed
+        ),
         claims=experiment.claims,
         containers=containers,
+        left_out=left_out,
     )
 
 
@@ -188,6 +199,7 @@ def _trials(
     repeats: int,
     seed: int,
 ) -> tuple[Trial, ...]:
+    dialect = get_dialect(stack.dialect)
     draw = random.Random(seed)  # noqa: S311  an order of trials, not a secret
     trials: list[Trial] = []
     # In a container the loopback is the container's own, and the engine leads the host's loopback to its port.
@@ -210,7 +222,7 @@ def _trials(
                     repeat=repeat,
                     server=Process(
                         argv=argv,
-                        env=(*env, *SERVER_ENV, *gpu_env(seat.gpus)),
+                        env=(*env, *dialect.server_env, *gpu_env(seat.gpus)),
                         cpus=seat.server_cpus,
                         mems=seat.server_mems,
                         gpus=seat.gpus,
@@ -224,7 +236,7 @@ def _trials(
                     placed=seat.reason,
                     sampler_cpus=seat.sampler_cpus,
                     loads=tuple(
-                        _step(load, repeat=repeat, cache_on=cache_on)
+                        _step(load, repeat=repeat, cache_on=cache_on, dialect=dialect)
                         for load in experiment.loads_of(variant.name)
                     ),
                 )
@@ -236,12 +248,12 @@ def _unseated(site: Site) -> Seat:
     return Seat(server_cpus=site.server_cpus, client_cpus=site.client_cpus)
 
 
-def _step(load: Workload, *, repeat: int, cache_on: bool) -> LoadStep:
+def _step(load: Workload, *, repeat: int, cache_on: bool, dialect: Dialect) -> LoadStep:
     return LoadStep(
         name=load.name,
         dataset=load.dataset,
         role=load.role,
-        argv=load.argv(repeat),
+        argv=dialect.client(load.argv(repeat)),
         requests=load.requests(),
         concurrency=load.concurrency,
         rate_per_s=load.rate_per_s,
@@ -261,7 +273,10 @@ def fill(text: str, values: dict[str, str]) -> str:
 
 def to_json(plan: Plan) -> str:
     """The plan as text, the same for the same plan."""
-    return json.dumps(msgspec.to_builtins(plan), indent=1, ensure_ascii=False) + "\n"
+    said = msgspec.to_builtins(plan)
+    if not plan.left_out:
+        del said["left_out"]
+    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str, *, where: str) -> Plan:

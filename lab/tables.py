@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import csv
 
+from lab.dialect import Dialect, dialect_of
 from lab.errors import LabError
 from lab.gpurows import COLUMNS as GPU_COLUMNS
 from lab.gpurows import machine_of, read_gpus
@@ -17,6 +18,7 @@ from lab.hardware.model import Hardware
 from lab.loads import KEYS, LOAD_COLUMNS, METRIC_COLUMNS, Row, group_table, keys_of, read_load
 from lab.plan import Trial, read_plan
 from lab.read import serverlog
+from lab.read.requestecho import Echo, Tokens, read_echo
 from lab.read.requestlog import COLUMNS
 from lab.read.serverrecords import read_export
 from lab.rundir import Run, TrialFiles, read_json
@@ -47,8 +49,10 @@ def tabulate(run: Run) -> dict[str, pd.DataFrame]:
     """Make every table of the run and write it; returns them by name."""
     rows = Rows()
     machine = machine_of(run)
-    for trial in read_plan(run).trials:
-        rows.add(_trial(run, trial, machine))
+    plan = read_plan(run)
+    dialect = dialect_of(plan.sglang)
+    for trial in plan.trials:
+        rows.add(_trial(run, trial, machine=machine, dialect=dialect))
     requests = _joined(rows.requests, columns=(*KEYS, *COLUMNS))
     tables = {
         "trials": pd.DataFrame(rows.trials),
@@ -103,7 +107,7 @@ def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else str(value)
 
 
-def _trial(run: Run, trial: Trial, machine: Hardware | None) -> Rows:
+def _trial(run: Run, trial: Trial, *, machine: Hardware | None, dialect: Dialect) -> Rows:
     """All rows of a trial. One that failed half-way keeps what can be read."""
     files = run.trial(trial.name)
     row: Row = {"trial": trial.name, "variant": trial.variant, "repeat": trial.repeat}
@@ -117,7 +121,7 @@ def _trial(run: Run, trial: Trial, machine: Hardware | None) -> Rows:
             reason = f"{status.get('phase')}: the lab was killed during this trial"
         return Rows(trials=[row | _state("failed", "failed", reason)])
     try:
-        rows, state = _measured(trial, files, status, machine)
+        rows, state = _measured(trial, files, status, machine=machine, dialect=dialect)
     except LabError as error:  # a file that cannot be read costs its trial, not the report on the others
         what = error.problem.replace(f"{run.path}/", "")
         return Rows(trials=[row | _state("ok", "invalid", what) | {"unreadable": what}])
@@ -126,7 +130,12 @@ def _trial(run: Run, trial: Trial, machine: Hardware | None) -> Rows:
 
 
 def _measured(
-    trial: Trial, files: TrialFiles, status: dict[str, object], machine: Hardware | None
+    trial: Trial,
+    files: TrialFiles,
+    status: dict[str, object],
+    *,
+    machine: Hardware | None,
+    dialect: Dialect,
 ) -> tuple[Rows, Row]:
     """The rows of a trial that ran to its end, and its state for the table of trials."""
     rows = Rows()
@@ -136,7 +145,8 @@ def _measured(
     checks = [("", server_arguments(_resolved(trial, status), info))]
     log = serverlog.read(files.server_log)
     windows = {step.name: _window(files, step.name) for step in trial.loads}
-    records, unread = read_export(files.export, windows)
+    said = _server_records(trial, files, windows, dialect=dialect)
+    unread = said.unread
     tokens: dict[str, float] = {}
     for step in trial.loads:
         start, end = windows[step.name]
@@ -144,9 +154,12 @@ def _measured(
             trial,
             step,
             files.load(step.name),
-            server=records[step.name],
+            server=said.frames[step.name],
             pool_tokens=float(pool) if isinstance(pool, (int, float)) else float("nan"),
             duration_s=end - start,
+            dialect=dialect,
+            apart=said.apart.get(step.name, Tokens()),
+            logged_retractions=_retractions(log, windows[step.name]),
         )
         rows.loads.append({**keys_of(trial, step), **load.numbers})
         rows.metrics += load.metrics
@@ -167,6 +180,17 @@ def _measured(
     bad = [f"{load + ': ' if load else ''}{c.name}: {c.detail}" for load, c in checks if not c.ok]
     state = _state("ok", "invalid" if bad else "valid", "; ".join(bad))
     return rows, state | {"log_lines": log.lines, "unreadable": "; ".join(unread[:20])}
+
+
+def _server_records(
+    trial: Trial, files: TrialFiles, windows: dict[str, tuple[float, float]], *, dialect: Dialect
+) -> Echo:
+    """What the server says of each request, from where the release says it."""
+    if dialect.records == "log":
+        extra = {step.name: dialect.extra_requests(step.dataset) for step in trial.loads}
+        return read_echo(files.server_log, windows, extra=extra)
+    frames, unread = read_export(files.export, windows)
+    return Echo(frames=frames, apart={}, unread=unread)
 
 
 def _state(status: str, validity: str, reason: str) -> Row:
@@ -196,12 +220,23 @@ def _batches(
 ) -> pd.DataFrame:
     """The server's batch lines, each with the load in whose time it was printed."""
     frame = pd.DataFrame(log.batches, columns=list(serverlog.BATCH_COLUMNS))
-    times = (
-        pd.to_datetime(frame["time"]).astype("datetime64[ns]").astype("int64") / 1e9
-    )  # the server's clock is UTC
+    times = _seconds(frame["time"])
     load = np.full(len(frame), "", dtype=object)
     for name, (start, end) in windows.items():
         load[(times >= start) & (times <= end + 0.001)] = name
     frame.insert(0, "load", load)
     frame.insert(0, "trial", trial.name)
     return frame
+
+
+def _seconds(printed: pd.Series[str]) -> pd.Series[float]:
+    """Times of the server's log as Unix times; its clock is UTC."""
+    return pd.to_datetime(printed).astype("datetime64[ns]").astype("int64") / 1e9
+
+
+def _retractions(log: serverlog.LogRecords, window: tuple[float, float]) -> float:
+    """Requests that were retracted in this time; every rank prints its own line, so those of the first are counted."""
+    lines = pd.DataFrame(log.retractions, columns=list(serverlog.RETRACTION_COLUMNS))
+    times = _seconds(lines["time"])
+    lines = lines[(times >= window[0]) & (times <= window[1] + 0.001)]
+    return float(lines.loc[lines["rank"] == lines["rank"].min(), "retracted_reqs"].sum())

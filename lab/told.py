@@ -1,11 +1,7 @@
 """What every program of a trial is told through its environment, whatever the experiment, and why. What depends on SGLang's
-version stands in the stack's `stack.toml`."""
+version stands in `lab/dialect.py` and the stack's `stack.toml`."""
 
 from __future__ import annotations
-
-# The health endpoint would otherwise generate a token on every call, which puts a request of ours
-# into the cache and the counters; log lines get milliseconds.
-SERVER_ENV = (("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false"), ("SGLANG_LOG_MS", "1"))
 
 COMMON_ENV = (
     ("HOME", "${SCRATCH}/home"),
@@ -21,9 +17,6 @@ COMMON_ENV = (
     ("TORCHINDUCTOR_CACHE_DIR", "${JIT}/inductor"),
     ("FLASHINFER_WORKSPACE_BASE", "${JIT}/flashinfer"),
 )
-
-# Modules the client imports while the server starts, so that their import is never part of a load.
-CLIENT_PRELOAD = ("sglang", "sglang.benchmark.serving", "sglang.lang.backend.runtime_endpoint")
 
 
 def gpu_env(gpus: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

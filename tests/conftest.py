@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "lab" / "probe"))  # as PYTHONPATH does for a server
 
 import parts
+
+settings.register_profile("lab", deadline=None)  # no test asserts a wall time
+settings.load_profile("lab")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

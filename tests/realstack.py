@@ -1,4 +1,4 @@
-"""The cpu stack itself for tests, built once into the user's own cache, where the lab finds it too."""
+"""The stacks for CPUs themselves for tests, built once into the user's own cache, where the lab finds them too."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ AS_STARTED = {key: os.environ[key] for key in UNSET if key in os.environ}  # bef
 
 
 @cache
-def _built() -> tuple[Stack, Path] | LabError:
+def _built(name: str) -> tuple[Stack, Path] | LabError:
     changed = {key: os.environ.pop(key) for key in UNSET if key in os.environ}
     os.environ.update(AS_STARTED)
     try:
-        stack = load_stack("cpu", root=places.ROOT)
+        stack = load_stack(name, root=places.ROOT)
         return stack, ensure(stack, cache=places.cache(), say=print)
     except LabError as error:
         return error
@@ -32,10 +32,10 @@ def _built() -> tuple[Stack, Path] | LabError:
         os.environ.update(changed)
 
 
-def real_stack() -> tuple[Stack, Path]:
-    """The cpu stack and its folder; the test is skipped, or fails, where it cannot be built."""
-    built = _built()
+def real_stack(name: str = "cpu") -> tuple[Stack, Path]:
+    """The stack and its folder; the test is skipped, or fails, where it cannot be built."""
+    built = _built(name)
     if isinstance(built, LabError):
-        parts.need(False, f"the cpu stack: {built}")
+        parts.need(False, f"the {name} stack: {built}")
         raise AssertionError("need() must not return")
     return built

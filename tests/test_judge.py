@@ -172,3 +172,15 @@ def test_a_measure_of_a_zero_is_a_number_and_no_gap() -> None:
 def test_verdicts_come_in_the_order_of_the_claims() -> None:
     found = judge((HIT, FASTER, replace(HIT, name="again")), tables(), capabilities=())
     assert [v.claim for v in found] == ["hit", "faster", "again"]
+
+
+def test_what_is_known_to_be_absent_is_untested_with_its_reason() -> None:
+    found = tables()
+    found["loads"]["hit_rate"] = float("nan")
+    (verdict,) = judge((HIT,), found, capabilities=(), absent={"hit_rate": "it is not counted", "other": "x"})
+    assert (verdict.outcome, verdict.reason) == ("untested", "no hit_rate: it is not counted")
+    found["trials"] = found["trials"][found["trials"]["variant"] != "off"]
+    (verdict,) = judge((FASTER,), found, capabilities=(), absent={"off": "it was left out"})
+    assert (verdict.outcome, verdict.reason) == ("untested", "no off: it was left out")
+    (verdict,) = judge((HIT,), tables(), capabilities=(), absent={"hit_rate": "it is not counted"})
+    assert verdict.outcome == "held", "a number that is there is judged, whatever is said of others"

@@ -16,7 +16,7 @@ EXPERIMENT_LINES = 130
 
 # In reading order: a module may import only modules that stand before it. A new one is put at its place here.
 ORDER = (
-    *("lab", "lab.errors", "lab.read", "lab.read.jsonl", "lab.places"),
+    *("lab", "lab.errors", "lab.dialect", "lab.read", "lab.read.jsonl", "lab.places"),
     *(
         "lab.hardware",
         "lab.hardware.model",
@@ -62,7 +62,16 @@ ORDER = (
         "lab.images.build",
         "lab.images.check",
     ),
-    *("lab.told", "lab.site", "lab.seats", "lab.machine", "lab.rundir", "lab.container", "lab.plan"),
+    *(
+        "lab.told",
+        "lab.site",
+        "lab.seats",
+        "lab.machine",
+        "lab.rundir",
+        "lab.container",
+        "lab.servable",
+        "lab.plan",
+    ),
     *("lab.boxes", "lab.shell", "lab.dockerscript", "lab.commands"),
     *(
         "lab.runtime",
@@ -118,6 +127,7 @@ ORDER = (
     *(
         "lab.lru",
         "lab.read.serverrecords",
+        "lab.read.requestecho",
         "lab.read.requestlog",
         "lab.loads",
         "lab.validity",

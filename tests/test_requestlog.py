@@ -109,6 +109,38 @@ def test_a_server_without_any_record() -> None:
     assert list(joined["prompt_tokens"]) == [100, 110, 70]
 
 
+def test_by_answer_when_the_server_has_the_answers() -> None:
+    """In whatever order; the counts are then the server's, the client's are what it meant to send."""
+    server = server_frame(THREE).assign(answer=["one", "two", "two"])
+    sent = client([THREE[2], THREE[0], THREE[1]]).assign(answer=["two", "one", "two"])
+    sent[["prompt_tokens", "cached_tokens"]] = [[64.0, np.nan]] * 3
+    joined = join(sent, server)
+    assert set(joined["joined"]) == {"answer"}
+    assert joined["received_s"][1] == 0.0
+    assert sorted(joined["received_s"]) == [0.0, 1.0, 2.5]
+    assert joined["prompt_tokens"][1] == 100
+    assert joined["cached_share"].sum() == pytest.approx(90 / 110)
+    unknown = join(sent.assign(answer=["two", "three", "two"]), server)
+    assert list(unknown["joined"]) == ["answer", "no", "answer"]
+    assert unknown["prompt_tokens"][1] == 64
+    nothing = server_frame([])
+    nothing["answer"] = nothing["rid"].map({})
+    assert list(join(sent, nothing)["joined"]) == ["no"] * 3
+
+
+def test_answers_are_read_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    files = LoadFiles(tmp_path)
+    bench = {"input_lens": [5], "output_lens": [4], "ttfts": [0.1], "itls": [[0.1]], "errors": [""]}
+    files.bench.write_text(json.dumps({**bench, "generated_texts": ["yes"]}) + "\n")
+    assert "answer" not in client_frame(files, dataset="random-ids")[0]
+    frame, said = client_frame(files, dataset="random-ids", answers=True)
+    assert (list(frame["answer"]), said) == (["yes"], [])
+    files.bench.write_text(json.dumps({**bench, "generated_texts": ["yes", "no"]}) + "\n")
+    frame, said = client_frame(files, dataset="random-ids", answers=True)
+    assert frame.empty
+    assert "lists have different lengths" in said[0]
+
+
 def test_no_row_is_made_or_lost_by_equal_requests() -> None:
     """Five requests alike in every number, four seen by the server: four matched, one not, none twice."""
     same = [record(str(i), float(i), f"{i}" * 100, tokens=100) for i in range(5)]

@@ -1,4 +1,5 @@
-"""Real runs, stored: one that went well and one that was killed. What is derived from them is rebuilt and compared."""
+"""Real runs, stored: one that went well, one that was killed, one of SGLang 0.4.6.post5 on a machine that was too busy. What is
+derived from them is rebuilt and compared."""
 
 from __future__ import annotations
 
@@ -76,7 +77,24 @@ def test_the_crashed_run_says_where_it_stopped(tmp_path: Path) -> None:
     assert "cut short" in after["report.md"]
 
 
-@pytest.mark.parametrize("name", ["radix-good", "crashed"])
+def test_the_run_of_an_older_release_says_what_it_cannot_know(tmp_path: Path) -> None:
+    run = unpack("twin046-busy", tmp_path)
+    verify(run)
+    analysis, before, after = rebuilt(run)
+    assert after == before
+    checks = pd.read_csv(run.tables / "checks.csv")
+    # Two of the loads fail the one check that is about the machine; the server's log was enough for all others.
+    assert list(checks.loc[~checks["ok"], "name"].unique()) == ["client was not the bottleneck"]
+    reasons = {v.claim: v.reason for v in analysis.verdicts}
+    assert reasons["evicts"] == "no evicted_tokens: it counts no evictions"
+    assert reasons["lfu"] == "no lfu: SGLang 0.4.6.post5 has no --radix-eviction-policy"
+    assert reasons["retracts"].startswith("no valid trial of plain")
+    assert "`server_ttft_ms` is empty" in after["report.md"]
+    requests = pd.read_csv(run.tables / "requests.csv")
+    assert (requests["joined"] != "no").all()
+
+
+@pytest.mark.parametrize("name", ["radix-good", "crashed", "twin046-busy"])
 def test_no_path_of_a_machine_is_stored(name: str, tmp_path: Path) -> None:
     run = unpack(name, tmp_path)
     for file in run.path.rglob("*"):

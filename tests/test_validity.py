@@ -189,6 +189,18 @@ def test_one_slow_request_is_not_a_slow_client() -> None:
     assert check("client was not the bottleneck", rows).ok
 
 
+@pytest.mark.parametrize(("ttft_ms", "allowed"), [(20.0, CLIENT_FLOOR_MS), (400.0, 400.0 * CLIENT_SHARE)])
+def test_without_a_time_to_first_token_the_whole_request_tells(ttft_ms: float, allowed: float) -> None:
+    """What the client adds to the whole, against the time to first token that it saw."""
+    name = "client was not the bottleneck"
+    rows = requests().assign(server_ttft_ms=np.nan, ttft_ms=ttft_ms, server_e2e_ms=500.0)
+    found = check(name, rows.assign(e2e_ms=500.0 + allowed - 0.1))
+    assert found.ok
+    assert "this server has no time to first token of a request" in found.detail
+    assert not check(name, rows.assign(e2e_ms=500.0 + allowed + 0.1)).ok
+    assert not check(name, rows.assign(e2e_ms=500.0, server_e2e_ms=np.nan)).ok
+
+
 @pytest.mark.parametrize(("asked", "ok"), [(1.0, True), (1.2, True), (2.0, False)])
 def test_an_open_loop_must_arrive_at_its_rate(asked: float, ok: bool) -> None:
     """400 requests, one a second by the server's clock; allowed is 0.1 plus three times 1/sqrt(399)."""

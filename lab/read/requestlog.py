@@ -39,17 +39,28 @@ class Bench:
     errors: list[str | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchWithAnswers(Bench):
+    """The same with what was generated, which takes much memory and is read only where requests are told apart by it."""
+
+    generated_texts: list[str] = field(default_factory=list)
+
+
 _BENCH = msgspec.json.Decoder(Bench)
+_WITH_ANSWERS = msgspec.json.Decoder(BenchWithAnswers)
 
 
-def client_frame(files: LoadFiles, *, dataset: str) -> tuple[pd.DataFrame, list[str]]:
-    """What the client wrote, in the order it sent: lengths, latencies, errors; and what could not be read."""
+def client_frame(files: LoadFiles, *, dataset: str, answers: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """What the client wrote, in the order it sent: lengths, latencies, errors; and what could not be read.
+
+    With `answers` bench_serving's frame has a column `answer`, the text that was generated.
+    """
     path = files.chat if dataset == "chat" else files.bench
     if not path.exists():
         return pd.DataFrame(), [f"{path.name} is missing"]
     if dataset != "chat":
         try:
-            return _bench_frame(_BENCH.decode(path.read_bytes())), []
+            return _bench_frame((_WITH_ANSWERS if answers else _BENCH).decode(path.read_bytes())), []
         except msgspec.MsgspecError:
             pass  # cut, or with the bare Infinity of older releases: read it the patient way
     rows, problems = jsonl.read(path)
@@ -59,7 +70,7 @@ def client_frame(files: LoadFiles, *, dataset: str) -> tuple[pd.DataFrame, list[
     if dataset == "chat":
         return _chat_frame(rows), said
     try:
-        return _bench_frame(msgspec.convert(rows[-1], Bench)), said
+        return _bench_frame(msgspec.convert(rows[-1], BenchWithAnswers if answers else Bench)), said
     except msgspec.ValidationError as error:
         return pd.DataFrame(), [*said, f"{path.name}: {error}"]
 
@@ -68,17 +79,34 @@ def join(client: pd.DataFrame, server: pd.DataFrame) -> pd.DataFrame:
     """Client rows with their server rows. `joined` says how: by `rid`, by `order` of arrival, by `tokens`, or `no`.
 
     bench_serving does not tell the server which request is which. One request at a time arrives in the
-    order it was sent; with more in flight, requests are matched by prompt, cached and output tokens.
+    order it was sent; with more in flight, requests are matched by prompt, cached and output tokens. Where the server's
+    record has the answers, they tell which request is which, and its counts of tokens are taken: such a client only knows what
+    it meant to send.
     """
     if "rid" in client.columns:
         merged = client.merge(server, on="rid", how="left")
         merged["joined"] = np.where(merged["received"].notna(), "rid", "no")
+    elif "answer" in client.columns and "answer" in server.columns:
+        merged = _join_by_answer(client, server)
     elif len(client) == len(server) and _same_tokens(client, server):
         merged = pd.concat([client, server.drop(columns="rid")], axis=1, copy=False)
         merged["joined"] = "order"
     else:
         merged = _join_by_tokens(client, server)
     return _finish(merged)
+
+
+def _join_by_answer(client: pd.DataFrame, server: pd.DataFrame) -> pd.DataFrame:
+    keys = ["answer", "completion_tokens"]
+    left, right = client.copy(), server.assign(completion_tokens=server["server_completion"].astype(float))
+    for frame in (left, right):
+        frame["nth"] = frame.groupby(keys).cumcount()
+    merged = left.merge(right, on=[*keys, "nth"], how="left")
+    found = merged["received"].notna()
+    merged["joined"] = np.where(found, "answer", "no")
+    merged["prompt_tokens"] = merged["server_prompt"].where(found, merged["prompt_tokens"]).astype(float)
+    merged["cached_tokens"] = merged["server_cached"].where(found, merged["cached_tokens"]).astype(float)
+    return merged
 
 
 def _join_by_tokens(client: pd.DataFrame, server: pd.DataFrame) -> pd.DataFrame:
@@ -113,13 +141,13 @@ def _same_tokens(client: pd.DataFrame, server: pd.DataFrame) -> bool:
 def _bench_frame(bench: Bench) -> pd.DataFrame:
     n = len(bench.input_lens)
     lengths = [len(bench.output_lens), len(bench.ttfts), len(bench.itls), len(bench.errors)]
-    if bench.cached_tokens:
-        lengths.append(len(bench.cached_tokens))
+    answers = bench.generated_texts if isinstance(bench, BenchWithAnswers) else []
+    lengths += [len(optional) for optional in (bench.cached_tokens, answers) if optional]
     if any(length != n for length in lengths):
         raise msgspec.ValidationError(f"its lists have different lengths: {[n, *lengths]}")
     medians, sums = _gaps(bench.itls)
     ttft = np.array(bench.ttfts, dtype=float)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "prompt_tokens": np.array(bench.input_lens, dtype=float),
             "completion_tokens": np.array(bench.output_lens, dtype=float),
@@ -134,6 +162,7 @@ def _bench_frame(bench: Bench) -> pd.DataFrame:
             "error": [e.splitlines()[-1] if e else "" for e in bench.errors],
         }
     )
+    return frame.assign(answer=answers) if answers else frame
 
 
 def _gaps(itls: Sequence[Sequence[float]]) -> tuple[Floats, Floats]:

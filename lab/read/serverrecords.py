@@ -64,9 +64,16 @@ def read_export(
     `windows` gives each load's start and end (Unix times, the server runs on the client's machine). A record
     outside of all of them is of no load: the request the server warms itself up with.
     """
+    return by_load(export_records(folder), windows)
+
+
+def by_load(
+    records: Iterable[ServerRecord | str], windows: Mapping[str, tuple[float, float]]
+) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """As `read_export`, for records from wherever; a text says what could not be read."""
     loads = {name: _Collector() for name in windows}
     unread: list[str] = []
-    for record in export_records(folder):
+    for record in records:
         if isinstance(record, str):
             unread.append(record)
             continue

@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 
 from lab.claims import Measure, Verdict
+from lab.dialect import dialect_of
 from lab.experiment import Experiment, load_file
 from lab.gpurows import UNTESTED
 from lab.hardware.sysfs import format_list
@@ -45,7 +46,8 @@ def analyse(run: Run) -> Analysis:
     """Rebuild every derived file of the run."""
     plan = read_plan(run)
     tables = tabulate(run)
-    verdicts = judge(plan.claims, tables, capabilities=plan.capabilities)
+    absent = {**dict(dialect_of(plan.sglang).silent), **plan.left_out}
+    verdicts = judge(plan.claims, tables, capabilities=plan.capabilities, absent=absent)
     write_json(run.verdicts, {"verdicts": [asdict(v) for v in verdicts]})
     pictures = draw_all(tables, run.plots)
     experiment = load_file(run.experiment)
@@ -82,6 +84,7 @@ def _markdown(
         run=run.path.name,
         sealed=run.sums.is_file(),
         plan=plan,
+        silent=dialect_of(plan.sglang).silent,
         experiment=experiment,
         claims={c.name: c for c in plan.claims},
         verdicts=verdicts,
