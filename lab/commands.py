@@ -16,7 +16,7 @@ from lab.shell import asked_of_server, by_flag, wrapped
 HEAD = """\
 #!/usr/bin/env bash
 # Repeats one run of the experiment {experiment!r} without the lab: SGLang {sglang}, model {model}.
-# Needs bash, curl and the three folders below. Results go to OUT, one folder a trial.
+# Needs bash, curl and the folders below. Results go to OUT, one folder a trial.
 set -euo pipefail
 
 {places}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from lab.images.context import check_lock
 from lab.machine import describe, uncommitted
 from lab.models import get_model
 from lab.plan import Plan, make_plan, read_plan, to_json
-from lab.prepare import Prepared, make, resolve
+from lab.prepare import NoImageError, Prepared, make, resolve, without_containers
 from lab.progress import Progress
 from lab.rundir import RUN_DISK_GB, Run, verify, write_json, write_text
 from lab.runtime.base import Runtime
@@ -87,6 +88,8 @@ def run_experiment(
     prepared = _resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
     plan = _plan(source, prepared, asked)  # made before anything is built, for what it refuses
     if dry_run:
+        for reason in prepared.site.reasons:
+            print(f"# {reason}", file=sys.stderr)
         print(commands.script(plan), end="")
         return 0
     with Progress() as progress:
@@ -97,7 +100,15 @@ def run_experiment(
         _sweep(prepared, progress=progress)
         for reason in prepared.site.reasons:
             progress.step(reason)
-        prepared, software = make(prepared, progress=progress)
+        try:
+            prepared, software = make(prepared, progress=progress)
+        except NoImageError as error:
+            if prepared.insisted or old:
+                raise
+            prepared = without_containers(prepared, error=error)
+            progress.step(prepared.site.reasons[0])
+            _check_machine(prepared)
+            prepared, software = make(prepared, progress=progress)
         if old:
             run, plan = old
             _check_image(plan, prepared)
@@ -136,12 +147,15 @@ def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
 
 
 def _plan(source: Source, prepared: Prepared, asked: Asked) -> Plan:
+    named = [word for word in asked.gpus.split(",") if word.strip()]
+    if asked.gpus and not named:
+        raise LabError(f"--gpus {asked.gpus} names no GPU", why="it is a list", fix="--gpus 0,1")
     found = seats(
         source.experiment,
         stack=prepared.stack,
         site=prepared.site,
         hardware=prepared.hardware,
-        asked=[word for word in asked.gpus.split(",") if word],
+        asked=named,
         busy=prepared.busy,
     )
     return make_plan(

@@ -17,7 +17,7 @@ from lab.hardware.detect import detect
 from lab.images.build import build_image, image_tag, make_context
 from lab.images.check import check_image, lint
 from lab.images.context import Options
-from lab.images.engine import docker_env, find_client, list_images
+from lab.images.engine import check_engine, docker_env, find_client, list_images
 from lab.progress import Progress
 from lab.stack import Stack, list_stacks, load_stack
 from lab.stacks.lock import write_lock
@@ -47,7 +47,9 @@ def build(name: str, *, base: str, bare: bool, index_url: str) -> int:
 def images() -> int:
     """Print the lab's images in the engine, with the versions that were measured in them."""
     env = docker_env(os.environ)
-    found = list_images(find_client(env=env), env=env)
+    client = find_client(env=env)
+    check_engine(client, env=env)
+    found = list_images(client, env=env)
     table = Table(
         Column("image", overflow="fold"),
         "of today's lock",
@@ -104,9 +106,10 @@ def context(name: str, *, out: str) -> int:
     if not out:
         raise LabError("--out is missing", why="the context is a folder", fix="--out FOLDER")
     folder = Path(out).resolve()
-    if folder.exists() and any(folder.iterdir()) and not (folder / "args.txt").exists():
+    ours = all((folder / name).is_file() for name in ("Dockerfile", "args.txt", "labels.txt", "stack.json"))
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise LabError(
-            f"{folder} is not empty",
+            f"{folder} is something else already",
             why="a build context is made whole, and what does not belong to it is removed",
             fix="name a new folder",
         )

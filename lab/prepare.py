@@ -29,12 +29,17 @@ from lab.stacks.build import ensure, stack_folder
 ULIMITS = {"memlock": -1, "stack": 67_108_864}
 
 
+class NoImageError(LabError):
+    """The stack's image is not there and cannot be built."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What was decided; `site.runtime` is never empty here, and `site.reasons` say why it is what it is.
 
-    `hardware` is the machine, `busy` its GPUs in use by UUID, with words. `places` are the plan's placeholders
-    as programs see them, `containers` and `engine` None for processes.
+    `insisted` tells that a person named the runtime. `hardware` is the machine, `busy` its GPUs in use by UUID,
+    with words. `places` are the plan's placeholders as programs see them, `containers` and `engine` None for
+    processes.
     """
 
     stack: Stack
@@ -45,6 +50,7 @@ class Prepared:
     places: dict[str, str]
     containers: Setup | None = None
     engine: Engine | None = None
+    insisted: bool = False
 
 
 def resolve(
@@ -52,6 +58,7 @@ def resolve(
 ) -> Prepared:
     """Decide the runtime and where everything is. `LabError` when docker is asked for and no engine answers,
     unless nothing will be started."""
+    asked_by_site = site.runtime
     name, reason, engine = _choose(site, asked=runtime, dry_run=dry_run)
     here = stack.device == "cuda" and not dry_run
     used = busy(read_use([gpu.uuid for gpu in hardware.gpus])) if here else {}
@@ -59,6 +66,12 @@ def resolve(
     cache = places.cache()
     jit = cache / "jit" / f"{stack.name}-{stack.lock_hash[:12]}"
     model_folder = model.path or cache / "models" / f"{model.name}-{model.sha256[:12]}"
+    if name == "process" and stack.device != "cpu":
+        raise LabError(
+            f"stack {stack.name!r} runs in containers only",
+            why=f"CUDA's tools are in its image; the runtime is process: {reason}",
+            fix="start a Docker engine, or use --stack cpu",
+        )
     if name == "process":
         where = {
             "STACK": str(stack_folder(stack, cache=cache)),
@@ -89,6 +102,7 @@ def resolve(
         places=dict(PLACES),
         containers=setup,
         engine=engine,
+        insisted=bool(runtime or asked_by_site),
     )
 
 
@@ -112,6 +126,21 @@ def _choose(site: Site, *, asked: str, dry_run: bool) -> tuple[str, str, Engine 
     return "docker", f"Docker engine {engine.version} answers", engine
 
 
+def without_containers(prepared: Prepared, *, error: NoImageError) -> Prepared:
+    """The same as processes, because the image cannot be had and nobody insisted on containers."""
+    site = replace(prepared.site, runtime="", reasons=prepared.site.reasons[1:])
+    found = resolve(
+        prepared.stack,
+        prepared.model,
+        site=site,
+        hardware=prepared.hardware,
+        runtime="process",
+        dry_run=False,
+    )
+    reason = f"runtime process: a Docker engine answers, but {error.problem} (--runtime docker insists)"
+    return replace(found, site=replace(found.site, reasons=(reason, *found.site.reasons[1:])))
+
+
 def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str, object]]:
     """Build what is missing; returns what was decided, now complete, and a description of the software."""
     if prepared.containers is None or prepared.engine is None:
@@ -122,7 +151,10 @@ def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str,
     engine, setup = prepared.engine, prepared.containers
     image = engine.image(setup.image_name)
     if image is None:
-        build_image(prepared.stack, cache=places.cache(), say=progress.step, live=progress.live)
+        try:
+            build_image(prepared.stack, cache=places.cache(), say=progress.step, live=progress.live)
+        except LabError as error:
+            raise NoImageError(error.problem, why=error.why, fix=error.fix) from error
         image = engine.image(setup.image_name)
     if image is None:
         raise LabError(f"the engine lost the image {setup.image_name}", fix="run the same command again")

@@ -60,6 +60,16 @@ def seats(
     bind = site.runtime == "docker" or len(hardware.nodes) > 1
     named = tuple(gpu.uuid for gpu in resolve_gpus(asked or site.gpus, hardware))
     used = dict(busy or {})
+    most = max(
+        tensor_parallel((*stack.server_args, *experiment.server, *variant.args))
+        for variant in experiment.variants
+    )
+    if len(named) > most:
+        raise LabError(
+            f"{len(named)} GPUs are named, no server of {experiment.name!r} uses more than {most}",
+            why="a rank has one GPU",
+            fix=f"name {most}",
+        )
     found = {
         variant.name: _seat(
             variant,

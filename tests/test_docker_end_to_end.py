@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -195,3 +196,23 @@ def test_a_run_goes_on_with_its_own_runtime_only(checkout: Checkout) -> None:
     code, output = checkout.invoke("exp.kept", "--resume", "--runtime", "docker")
     assert code == 1
     assert "it used another runtime" in output
+
+
+def test_without_an_image_to_be_had_processes_are_used_and_the_reason_is_said(
+    tmp_path: Path,
+) -> None:
+    bare = make_checkout(tmp_path, docker=True)
+    stack = bare.path / "containers" / "cpu" / "stack.toml"
+    text = re.sub(r'(?m)^base = ".*"', 'base = "sglang-lab-test/no-such-base:1"', stack.read_text())
+    stack.write_text(re.sub(r'(?m)^digest = "[^"]*"', 'digest = ""', text))
+    # another lock hash, for which there is no image; and too much to ask of the disk for a stack as a folder
+    (bare.path / "containers" / "cpu" / "shims" / "note.txt").write_text("another stack\n")
+    stack.write_text(re.sub(r"(?m)^disk_gb = .*", "disk_gb = 900000", stack.read_text()))
+    bare.tiny("nobase")
+    code, output = bare.invoke("exp.nobase", "--runtime", "docker")
+    assert code == 1
+    assert "the base image sglang-lab-test/no-such-base:1 cannot be obtained" in output
+    code, output = bare.invoke("exp.nobase")
+    assert "runtime process: a Docker engine answers, but the base image" in output
+    assert code == 1  # and here the build as a folder ends, at once
+    assert "not enough disk for stack 'cpu'" in output

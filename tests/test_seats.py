@@ -64,7 +64,9 @@ def test_named_gpus_are_taken_in_the_order_named() -> None:
     seat = on_box(2, asked=("6", PLAN_BOX.uuid(5)))
     assert seat.gpus == uuids(6, 5)
     assert seat.server_mems == (1,)
-    assert on_box(1, asked=("0", "1")).gpus == uuids(0)
+    assert on_box(2, 1, asked=("0", "1")).gpus == uuids(0)
+    with pytest.raises(LabError, match="2 GPUs are named, no server of 'radix' uses more than 1"):
+        on_box(1, asked=("0", "1"))
     assert on_box(1, site=replace(DOCKER, gpus=("3",))).gpus == uuids(3)
 
 

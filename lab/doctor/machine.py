@@ -120,7 +120,9 @@ def _built(stack: Stack) -> Finding:
         good=built,
         state="built" if built else "not built yet",
         matters=stack.description,
-        fix="" if built else "invoke exp.radix builds it first, about two minutes",
+        fix=""
+        if built
+        else f"invoke exp.radix --stack {stack.name} --runtime process builds it first, about two minutes",
     )
 
 

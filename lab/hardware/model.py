@@ -149,7 +149,7 @@ def from_json(text: str, *, where: str) -> Hardware:
         raw = msgspec.json.decode(text)
         _check_schema(raw, where=where)
         hardware = msgspec.convert(raw, Hardware)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise LabError(
             f"{where} does not describe a machine",
             why=f"{error}; it was cut short or changed",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Repeats one run of the experiment 'radix' without the lab: SGLang 0.5.21, model nano.
-# Needs bash, curl and the three folders below. Results go to OUT, one folder a trial.
+# Needs bash, curl and the folders below. Results go to OUT, one folder a trial.
 set -euo pipefail
 
 STACK=${STACK:-/lab-test/stack}
