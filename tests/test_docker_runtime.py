@@ -23,7 +23,7 @@ from lab.container import OWNER_LABEL, PORT, PROFILER_CAPABILITIES, RUN_LABEL
 from lab.runtime.base import DiedWhileStarting, NeverReady, StartFailed, Waiting
 from lab.runtime.contained import Contained
 from lab.runtime.docker import sweep
-from lab.runtime.engine import connect
+from lab.runtime.engine import Thing, connect
 from lab.runtime.owner import Owner, me
 
 
@@ -508,3 +508,18 @@ def test_the_published_port_answers_from_here(bench: Bench) -> None:
         assert httpx.get(url(port), trust_env=False).status_code == 200
         client = rt.start(bench.command("true", name="client"))
         ended(lambda: client.exit_code() == 0)
+
+
+@pytest.mark.parametrize("kind", ["container", "network", "volume"])
+def test_what_is_gone_already_is_no_error(bench: Bench, kind: str) -> None:
+    """Two labs that sweep at once both look at the same thing, and one of them removes it first."""
+    bench.engine.remove(Thing(kind=kind, id="sglang-lab-gone", name="sglang-lab-gone", labels={}))
+
+
+def test_a_signal_for_who_has_ended_is_no_error(bench: Bench) -> None:
+    bench.engine.signal("sglang-lab-gone", "SIGINT")
+    with bench.runtime() as rt:
+        program = rt.start(bench.python("pass"))
+        assert program.ended.wait(30)
+        bench.engine.signal(program.id, "SIGINT")
+    assert bench.engine.said("sglang-lab-gone") == ""

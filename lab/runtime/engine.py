@@ -138,12 +138,12 @@ class Engine:
 
     def signal(self, container_id: str, name: str) -> None:
         """Send a signal to the container's first process; nothing when it has ended."""
-        with _words(), _ignoring(_NotThere, _NotRunning):
+        with suppress(_NotThere, _NotRunning), _words():
             self._client.api.kill(container_id, name)
 
     def said(self, container_id: str) -> str:
         """What the container wrote to the engine's log: little, since programs write to their own."""
-        with _words(), _ignoring(_NotThere):
+        with suppress(_NotThere), _words():
             return str(self._client.api.logs(container_id).decode("utf-8", errors="replace"))
         return ""
 
@@ -201,7 +201,7 @@ class Engine:
 
     def remove(self, thing: Thing) -> None:
         """Remove a container (killing it first), network or volume; nothing when it is gone already."""
-        with _words(), _ignoring(_NotThere):
+        with suppress(_NotThere), _words():
             if thing.kind == "container":
                 self._client.api.remove_container(thing.id, force=True, v=True)
             elif thing.kind == "network":
@@ -282,12 +282,6 @@ def _words() -> Iterator[None]:
         raise kind(_reason(error)) from None
     except (errors.DockerException, *_GONE) as error:
         raise EngineGone(f"the Docker engine does not answer: {_reason(error)}") from None
-
-
-@contextmanager
-def _ignoring(*kinds: type[EngineError]) -> Iterator[None]:
-    with suppress(*kinds):
-        yield
 
 
 def _reason(error: BaseException) -> str:
