@@ -9,9 +9,9 @@ from __future__ import annotations
 import shlex
 
 from lab import dockerscript
-from lab.dialect import dialect_of
 from lab.plan import PLACEHOLDERS, LoadStep, Plan, Process, Trial
-from lab.shell import asked_of_server, by_flag, wrapped
+from lab.scriptparts import client_process, deadlines, functions, trials
+from lab.shell import by_flag, wrapped
 
 HEAD = """\
 #!/usr/bin/env bash
@@ -38,69 +38,31 @@ stop_server() {{
 trap 'stop_server; rm -rf "$SCRATCH"' EXIT
 trap 'exit 130' INT TERM
 
-wait_ready() {{
-  for _ in $(seq $((READY_S * 5))); do
-    kill -0 "$SERVER" 2>/dev/null || {{ tail -n 20 "$TRIAL/server.log"; echo "the server ended" >&2; exit 1; }}
-    {ready} && return
-    sleep 0.2
-  done
-  echo "the server was not ready after $READY_S s" >&2; exit 1
-}}
-
-begin_load() {{
-  LOAD=$TRIAL/loads/$1; mkdir -p "$LOAD"
-  echo "  load $1"
-  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT{flush}"
-  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT{metrics}"
-}}
-
-end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT{metrics}"; }}
-"""
+{functions}"""
 
 
 def script(plan: Plan) -> str:
     """The whole script."""
     if plan.containers is not None:
         return dockerscript.script(plan, plan.containers)
-    places = "\n".join(f"{name}=${{{name}:-{shlex.quote(path)}}}" for name, path in plan.places.items())
     head = HEAD.format(
         experiment=plan.experiment,
         sglang=plan.sglang,
         model=plan.model,
-        places=places,
+        places="\n".join(f"{name}=${{{name}:-{shlex.quote(path)}}}" for name, path in plan.places.items()),
         port=plan.port or 31999,
-        ready_s=max(1, int(plan.ready_s)),
-        stop_polls=max(1, int(plan.stop_s * 5)),
-        **asked_of_server(dialect_of(plan.sglang)),
+        functions=functions(plan, running='kill -0 "$SERVER" 2>/dev/null'),
+        **deadlines(plan),
     )
-    return head + "".join(_trial(plan, trial) for trial in plan.trials) + '\necho "results are in $OUT"\n'
+    return head + trials(plan, start=_start, load=_load)
 
 
-def _trial(plan: Plan, trial: Trial) -> str:
-    lines = [
-        "",
-        f"# ---- trial {trial.index + 1} of {len(plan.trials)}: {trial.variant}, repeat {trial.repeat}",
-        f'TRIAL=$OUT/{trial.name}; mkdir -p "$TRIAL"',
-        'rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"',
-        f'echo "trial {trial.name}"',
-        f"setsid {command(trial.server)} \\",
-        '  > "$TRIAL/server.log" 2>&1 &',
-        "SERVER=$!",
-        "wait_ready",
-    ]
-    for step in trial.loads:
-        lines += [
-            f"begin_load {step.name}",
-            f"{_client(trial, step)} \\",
-            '  >> "$LOAD/client.log" 2>&1',
-            "end_load",
-        ]
-    return "\n".join([*lines, "stop_server", ""])
+def _start(trial: Trial) -> tuple[str, ...]:
+    return (f"setsid {command(trial.server)} \\", '  > "$TRIAL/server.log" 2>&1 &', "SERVER=$!")
 
 
-def _client(trial: Trial, step: LoadStep) -> str:
-    process = Process(argv=(*trial.client.argv, *step.argv), env=trial.client.env, cpus=trial.client.cpus)
-    return command(process)
+def _load(trial: Trial, step: LoadStep) -> tuple[str, ...]:
+    return (f"{command(client_process(trial, step))} \\", '  >> "$LOAD/client.log" 2>&1')
 
 
 def command(process: Process) -> str:

@@ -4,16 +4,21 @@ the same `Container`s that the lab gives to the engine, with shell variables for
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from lab.boxes import VALUES, Folders, Names, container
 from lab.container import RUN_LABEL, Container, Setup, run_words, volume_options
-from lab.dialect import dialect_of
 from lab.plan import LoadStep, Plan, Process, Trial, fill
-from lab.shell import asked_of_server, by_flag, wrapped
+from lab.scriptparts import client_process, deadlines, functions, trials
+from lab.shell import by_flag, wrapped
 
 NAMES = Names(run_id="${ID}")
 VARIABLES = ("ID", "CALLER", "IMAGE", "SERVER", "MODEL", "LAB", "JIT", "TRIAL", "SCRATCH")
 FOLDERS = Folders(trial="${TRIAL}", scratch="${SCRATCH}")
+
+FIND_PORT = """\
+  PORT=$(docker port "$SERVER" 30000/tcp | head -n 1); PORT=${PORT##*:}
+"""
 
 HEAD = """\
 #!/usr/bin/env bash
@@ -50,25 +55,7 @@ clean_up() {{
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-wait_ready() {{
-  PORT=$(docker port "$SERVER" 30000/tcp | head -n 1); PORT=${{PORT##*:}}
-  for _ in $(seq $((READY_S * 5))); do
-    running || {{ tail -n 20 "$TRIAL/server.log"; echo "the server ended" >&2; exit 1; }}
-    {ready} && return
-    sleep 0.2
-  done
-  echo "the server was not ready after $READY_S s" >&2; exit 1
-}}
-
-begin_load() {{
-  LOAD=$TRIAL/loads/$1; mkdir -p "$LOAD"
-  echo "  load $1"
-  curl -sf -X POST -o "$LOAD/flush" "http://127.0.0.1:$PORT{flush}"
-  curl -sf -o "$LOAD/metrics-before.prom" "http://127.0.0.1:$PORT{metrics}"
-}}
-
-end_load() {{ sleep 0.5; curl -sf -o "$LOAD/metrics-after.prom" "http://127.0.0.1:$PORT{metrics}"; }}
-
+{functions}
 mkdir -p "$JIT"
 docker network create --driver bridge --label "{label}=$ID" "{network}" > /dev/null
 {volumes}
@@ -86,15 +73,17 @@ def script(plan: Plan, setup: Setup) -> str:
         model_folder=shlex.quote(setup.model),
         lab=shlex.quote(setup.lab),
         jit=shlex.quote(setup.jit),
-        ready_s=max(1, int(plan.ready_s)),
-        stop_polls=max(1, int(plan.stop_s * 5)),
-        **asked_of_server(dialect_of(plan.sglang)),
+        functions=functions(plan, running="running", find_port=FIND_PORT),
+        **deadlines(plan),
         label=RUN_LABEL,
         network=NAMES.network,
         volumes="\n".join((_volume(NAMES.model, "${MODEL}"), _volume(NAMES.jit, "${JIT}"))),
     )
-    trials = "".join(_trial(plan, trial, setup=setup) for trial in plan.trials)
-    return head + trials + '\necho "results are in $OUT"\n'
+    return head + trials(
+        plan,
+        start=lambda trial: _start(trial, setup=setup, publish=plan.port),
+        load=lambda trial, step: (_run("--rm", client_container(trial, step, setup=setup)),),
+    )
 
 
 def _volume(name: str, folder: str) -> str:
@@ -107,26 +96,9 @@ def _volume(name: str, folder: str) -> str:
     return f"{wrapped(lines, names=VARIABLES)} > /dev/null"
 
 
-def _trial(plan: Plan, trial: Trial, *, setup: Setup) -> str:
-    server = server_container(trial, setup=setup, publish=plan.port)
-    lines = [
-        "",
-        f"# ---- trial {trial.index + 1} of {len(plan.trials)}: {trial.variant}, repeat {trial.repeat}",
-        f'TRIAL=$OUT/{trial.name}; mkdir -p "$TRIAL"',
-        'rm -rf "$SCRATCH"; mkdir -p "$SCRATCH/home" "$SCRATCH/tmp"',
-        f'echo "trial {trial.name}"',
-        f'SERVER="{server.name}"',
-        f"{_run('--detach', server)} > /dev/null",
-        "wait_ready",
-    ]
-    for step in trial.loads:
-        client = client_container(trial, step, setup=setup)
-        lines += [
-            f"begin_load {step.name}",
-            _run("--rm", client),
-            "end_load",
-        ]
-    return "\n".join([*lines, "stop_server", ""])
+def _start(trial: Trial, *, setup: Setup, publish: int) -> tuple[str, ...]:
+    server = server_container(trial, setup=setup, publish=publish)
+    return (f'SERVER="{server.name}"', f"{_run('--detach', server)} > /dev/null")
 
 
 def _run(how: str, box: Container) -> str:
@@ -154,15 +126,9 @@ def client_container(trial: Trial, step: LoadStep, *, setup: Setup) -> Container
     """The container that runs one load."""
     load = f"loads/{step.name}"
     values = {**VALUES, "LOAD": f"{VALUES['TRIAL']}/{load}"}
-    process = Process(
-        argv=(*trial.client.argv, *step.argv),
-        env=trial.client.env,
-        cpus=trial.client.cpus,
-        mems=trial.client.mems,
-    )
     return container(
         f"{trial.index:03d}-{step.name}",
-        _filled(process, values),
+        _filled(client_process(trial, step), values),
         setup=_variables(setup),
         names=NAMES,
         folders=FOLDERS,
@@ -173,25 +139,12 @@ def client_container(trial: Trial, step: LoadStep, *, setup: Setup) -> Container
 
 
 def _filled(process: Process, values: dict[str, str]) -> Process:
-    return Process(
+    return replace(
+        process,
         argv=tuple(fill(word, values) for word in process.argv),
         env=tuple((key, fill(value, values)) for key, value in process.env),
-        cpus=process.cpus,
-        mems=process.mems,
-        gpus=process.gpus,
-        profiler=process.profiler,
     )
 
 
 def _variables(setup: Setup) -> Setup:
-    return Setup(
-        image="${IMAGE}",
-        image_name=setup.image_name,
-        model="${MODEL}",
-        lab="${LAB}",
-        jit="${JIT}",
-        gpu_request=setup.gpu_request,
-        shm_gb=setup.shm_gb,
-        memory_gb=setup.memory_gb,
-        ulimits=setup.ulimits,
-    )
+    return replace(setup, image="${IMAGE}", model="${MODEL}", lab="${LAB}", jit="${JIT}")

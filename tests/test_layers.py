@@ -72,7 +72,7 @@ ORDER = (
         "lab.servable",
         "lab.plan",
     ),
-    *("lab.boxes", "lab.shell", "lab.dockerscript", "lab.commands"),
+    *("lab.boxes", "lab.shell", "lab.scriptparts", "lab.dockerscript", "lab.commands"),
     *(
         "lab.runtime",
         "lab.runtime.base",

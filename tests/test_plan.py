@@ -263,3 +263,11 @@ def test_any_word_reaches_the_program_as_it_stands(argv: list[str]) -> None:
 def test_the_fake_experiment_can_be_planned(tmp_path: Path) -> None:
     source: Source = fakerun.small(tmp_path)
     assert len(make_fake_plan(source).trials) == 4
+
+
+def test_the_script_binds_the_client_as_the_plan_does() -> None:
+    plan = make_fake_plan(RADIX, repeats=1)
+    trial = plan.trials[0]
+    bound = replace(trial, client=replace(trial.client, mems=(1,), cpus=(3,)))
+    text = commands.script(replace(plan, trials=(bound,)))
+    assert text.count("numactl --membind=1") == text.count("taskset -c 3") == len(trial.loads)
