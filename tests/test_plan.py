@@ -270,4 +270,4 @@ def test_the_script_binds_the_client_as_the_plan_does() -> None:
     trial = plan.trials[0]
     bound = replace(trial, client=replace(trial.client, mems=(1,), cpus=(3,)))
     text = commands.script(replace(plan, trials=(bound,)))
-    assert text.count("numactl --membind=1") == text.count("taskset -c 3") == len(trial.loads)
+    assert text.count("  --membind=1 ") == text.count("taskset -c 3 ") == len(trial.loads)
