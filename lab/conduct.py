@@ -37,7 +37,7 @@ from lab.runtime.ports import require_port
 from lab.runtime.process import ProcessRuntime
 from lab.seats import seats
 from lab.site import load_site
-from lab.stack import check_driver, check_platform, check_resources, list_stacks, load_stack
+from lab.stack import all_stacks, check_driver, check_platform, check_resources, load_stack
 
 RUN_README = """\
 # Run {name} of experiment {experiment}
@@ -135,7 +135,7 @@ def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     model = get_model(asked.model)
     site = load_site(asked.site, folder=places.SITES)
     hardware = read_hardware(Path(asked.hardware)) if asked.hardware else detect()
-    every = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+    every = all_stacks(places.ROOT)
     name, reason = (asked.stack, "") if asked.stack else fitting_stack(hardware, stacks=every)
     stack = load_stack(name, root=places.ROOT)
     check_driver(stack, driver=hardware.driver.version if hardware.driver else "", stacks=every)

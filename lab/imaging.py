@@ -19,15 +19,14 @@ from lab.images.check import check_image, lint
 from lab.images.context import Options
 from lab.images.engine import check_engine, docker_env, find_client, list_images
 from lab.progress import Progress
-from lab.stack import Stack, list_stacks, load_stack
+from lab.stack import Stack, all_stacks, load_stack
 from lab.stacks.lock import write_lock
 
 
 def chosen(name: str) -> Stack:
     """The stack of that name; without one, the stack that fits this machine."""
     if not name:
-        every = [load_stack(each, root=places.ROOT) for each in list_stacks(places.ROOT)]
-        name, reason = fitting_stack(detect(), stacks=every)
+        name, reason = fitting_stack(detect(), stacks=all_stacks(places.ROOT))
         print(f"stack {name}: {reason}")
     return load_stack(name, root=places.ROOT)
 
@@ -61,7 +60,7 @@ def images() -> int:
         "ncu",
         "base",
     )
-    today = {image_tag(load_stack(name, root=places.ROOT)) for name in list_stacks(places.ROOT)}
+    today = {image_tag(stack) for stack in all_stacks(places.ROOT)}
     for image in found:
         label = image.labels.get
         table.add_row(

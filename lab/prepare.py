@@ -58,7 +58,7 @@ def resolve(
 ) -> Prepared:
     """Decide the runtime and where everything is. `LabError` when docker is asked for and no engine answers,
     unless nothing will be started."""
-    asked_by_site = site.runtime
+    insisted = bool(runtime or site.runtime)
     name, reason, engine = _choose(site, asked=runtime, dry_run=dry_run)
     here = stack.device == "cuda" and not dry_run
     used = busy(read_use([gpu.uuid for gpu in hardware.gpus])) if here else {}
@@ -102,7 +102,7 @@ def resolve(
         places=dict(PLACES),
         containers=setup,
         engine=engine,
-        insisted=bool(runtime or asked_by_site),
+        insisted=insisted,
     )
 
 
@@ -128,7 +128,7 @@ def _choose(site: Site, *, asked: str, dry_run: bool) -> tuple[str, str, Engine 
 
 def without_containers(prepared: Prepared, *, error: NoImageError) -> Prepared:
     """The same as processes, because the image cannot be had and nobody insisted on containers."""
-    site = replace(prepared.site, runtime="", reasons=prepared.site.reasons[1:])
+    site = replace(prepared.site, reasons=prepared.site.reasons[1:])
     found = resolve(
         prepared.stack,
         prepared.model,
@@ -163,8 +163,6 @@ def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str,
         limits, refused = accepted_ulimits(
             engine, wanted=setup.ulimits, probe=lambda wanted: _probe(image.id, ulimits=wanted)
         )
-        if not (prepared.model.path or Path(setup.model).exists()):
-            Path(setup.model).parent.mkdir(parents=True, exist_ok=True)
         builder = _in_container(engine, image=image.id, models=Path(setup.model).parent)
         ensure_model(prepared.model, cache=places.cache(), builder=builder, say=progress.step)
     except EngineError as error:

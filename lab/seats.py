@@ -60,10 +60,11 @@ def seats(
     bind = site.runtime == "docker" or len(hardware.nodes) > 1
     named = tuple(gpu.uuid for gpu in resolve_gpus(asked or site.gpus, hardware))
     used = dict(busy or {})
-    most = max(
-        tensor_parallel((*stack.server_args, *experiment.server, *variant.args))
+    ranks = {
+        variant.name: tensor_parallel((*stack.server_args, *experiment.server, *variant.args))
         for variant in experiment.variants
-    )
+    }
+    most = max(ranks.values())
     if len(named) > most:
         raise LabError(
             f"{len(named)} GPUs are named, no server of {experiment.name!r} uses more than {most}",
@@ -73,7 +74,7 @@ def seats(
     found = {
         variant.name: _seat(
             variant,
-            ranks=tensor_parallel((*stack.server_args, *experiment.server, *variant.args)),
+            ranks=ranks[variant.name],
             cuda=stack.device == "cuda",
             site=site,
             hardware=hardware,

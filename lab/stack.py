@@ -170,6 +170,11 @@ def _image(file: StackFile) -> Image:
     )
 
 
+def all_stacks(root: Path) -> tuple[Stack, ...]:
+    """Every stack under `root`/containers, in the order of their names."""
+    return tuple(load_stack(name, root=root) for name in list_stacks(root))
+
+
 def shim_files(folder: Path) -> tuple[Path, ...]:
     """The files under a stack's shims/ that go into its environment, sorted, without Python's caches."""
     found = (folder / "shims").rglob("*")

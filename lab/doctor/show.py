@@ -25,7 +25,7 @@ from lab.images.build import image_tag
 from lab.models import CATALOGUE
 from lab.runtime.engine import Engine, connect
 from lab.site import load_site
-from lab.stack import Stack, list_stacks, load_stack
+from lab.stack import Stack, all_stacks
 
 ROOT = Path("/")
 
@@ -51,7 +51,7 @@ def show(root: Path = ROOT) -> int:
 
 def findings(root: Path = ROOT) -> list[Finding]:
     """Every check, in order; `root` holds the /proc, /sys, /dev and /etc to look at."""
-    stacks = [load_stack(name, root=places.ROOT) for name in list_stacks(places.ROOT)]
+    stacks = list(all_stacks(places.ROOT))
     hardware = detect(root)
     name, reason = fitting_stack(hardware, stacks=stacks)
     fit = next(stack for stack in stacks if stack.name == name)

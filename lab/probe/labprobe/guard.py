@@ -70,7 +70,7 @@ def wrap(original: Function, hook: Hook, guard: Guard) -> Function:
             try:
                 token = before(*args, **kwargs)
                 ready = True
-            except Exception as error:
+            except Exception as error:  # what a body raises must never reach the scheduler
                 guard.failed(error)
         result = original(*args, **kwargs)
         if ready:
@@ -78,7 +78,7 @@ def wrap(original: Function, hook: Hook, guard: Guard) -> Function:
                 if guard.faults:
                     guard.maybe_fault()
                 after(token, result, *args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # what a body raises must never reach the scheduler
                 guard.failed(error)
         return result
 

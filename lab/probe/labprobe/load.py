@@ -74,7 +74,7 @@ class Probe:
             )
             try:
                 status, detail = guard.attach(module, hook, one)
-            except Exception as error:
+            except Exception as error:  # one hook that cannot be placed leaves the others
                 status, detail = "missing", repr(error)
             self.guards.append(one)
             self.state[hook.target] = status

@@ -118,7 +118,7 @@ class Writer:
     def _once_a_second(self, *, end: bool) -> None:
         try:
             self._save(self._tick())
-        except Exception:
+        except Exception:  # a reading that fails once is not tried again; events go on
             self._tick = tuple
         now, unix = time.monotonic_ns(), time.time_ns()
         counts = (self.written, self.dropped, self._errors(), self.queue_peak, unix, end)
