@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Table = Literal["requests", "loads"]
-Rows = Literal["all", "first", "later"]
-Reduce = Literal["median", "mean", "sum", "min", "max"]
+Table = Literal["requests", "loads", "forwards"]
+Rows = Literal["all", "first", "later", "prefill", "decode"]
+Reduce = Literal["median", "mean", "sum", "min", "max", "p95", "p99", "count", "distinct"]
 Op = Literal["<", "<=", ">", ">="]
+By = Literal["ratio", "difference"]
 Outcome = Literal["held", "refuted", "inconclusive", "untested"]
 Capability = Literal["gpu", "nsys", "ncu", "nvlink"]
 
@@ -18,8 +19,9 @@ Capability = Literal["gpu", "nsys", "ncu", "nvlink"]
 class Measure:
     """One number a trial: `reduce` over `column` of the rows of `table` that belong to `load`.
 
-    `rows` chooses within each group of requests that share a prefix: the `first` one sent, the `later`
-    ones, or `all`. The table `loads` has one row a load, so `rows` and `reduce` do not matter there.
+    Of `requests`, `rows` chooses within each group that shares a prefix: the `first` one sent, the `later`
+    ones, or `all`; of `forwards` (a row a forward pass), those of a mode: `prefill` or `decode`. The table `loads` has
+    one row a load, so `rows` and `reduce` do not matter there. `distinct` counts different values.
     """
 
     table: Table
@@ -32,7 +34,13 @@ class Measure:
         """The measure in words, for a table's first column."""
         if self.table == "loads":
             return f"{self.column} in {self.load}"
-        which = {"all": "every request", "first": "first requests", "later": "later requests"}[self.rows]
+        which = {
+            "all": "every request" if self.table == "requests" else "every forward pass",
+            "first": "first requests",
+            "later": "later requests",
+            "prefill": "prefill passes",
+            "decode": "decode passes",
+        }[self.rows]
         return f"{self.reduce} {self.column}, {which} of {self.load}"
 
 
@@ -40,8 +48,10 @@ class Measure:
 class Claim:
     """One expected observation with the threshold it is judged by.
 
-    Without `against` the measure of `variant` itself is compared with `threshold`. With it, the ratio
-    `variant / against`, paired by repeat, is. `needs` names what the machine must have; where it is
+    Without `against` and `base` the measure of `variant` itself is compared with `threshold`. With `against`, the ratio
+    `variant / against`, paired by repeat, is. `base` is the measure of the other side where that is not the
+    same one: another load, of the same variant unless `against` names one. `by` takes the difference instead, for
+    numbers that can be 0. `needs` names what the machine must have; where it is
     absent the claim is *untested*, never silently dropped.
     """
 
@@ -52,12 +62,22 @@ class Claim:
     op: Op
     threshold: float
     against: str | None = None
+    base: Measure | None = None
+    by: By = "ratio"
     needs: tuple[Capability, ...] = ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether two sides are compared, not one number with the threshold."""
+        return self.against is not None or self.base is not None
 
     def expectation(self) -> str:
         """The threshold in words, such as `cache-on / cache-off < 0.7`."""
-        left = self.variant if self.against is None else f"{self.variant} / {self.against}"
-        return f"{left} {self.op} {self.threshold:g}"
+        left, right = self.variant, self.against or self.variant
+        if self.base is not None:
+            left, right = f"{left}: {self.measure.label()}", f"{right}: {self.base.label()}"
+        sides = f"{left} {'/' if self.by == 'ratio' else '-'} {right}" if self.compares else left
+        return f"{sides} {self.op} {self.threshold:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

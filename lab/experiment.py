@@ -13,7 +13,7 @@ import re
 import traceback
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -24,12 +24,18 @@ from lab.workload import Workload
 
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
+Probe = Literal["off", "batches", "requests", "cache"]
+Picture = Literal[
+    "ttft", "cached-share", "eviction", "batches", "pools", "tree", "service", "steps", "measures"
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What differs between two servers: arguments added to those every server of the experiment gets.
 
     With GPUs, `link` is the slowest way between any two of a server's, and `same_numa` asks for one NUMA node.
+    `needs` is what the machine must have; where it is absent the variant is left out, with the reason on the page.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Variant:
     args: tuple[str, ...] = ()
     link: LinkWish = "any"
     same_numa: bool = False
+    needs: tuple[Capability, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,8 @@ class Experiment:
     """One question about SGLang with everything needed to answer it.
 
     `mechanism` is Markdown that teaches how the thing works; `sources` are the places in SGLang's source
-    to read; `server` are arguments of every variant's server; `try_next` closes the report.
+    to read; `server` are arguments of every variant's server; `try_next` closes the report. `probe` is how much
+    is written down inside the server (docs/decisions/0011-probe.md), `pictures` what the report draws, as far as there are data.
     """
 
     name: str
@@ -68,6 +76,8 @@ class Experiment:
     try_next: tuple[str, ...]
     published: tuple[Published, ...] = ()
     repeats: int = 3
+    probe: Probe = "batches"
+    pictures: tuple[Picture, ...] = ("ttft",)
 
     def loads_of(self, variant: str) -> tuple[Workload, ...]:
         """The loads a trial of `variant` runs, in order."""
@@ -165,7 +175,7 @@ def _check_types(experiment: Experiment, *, where: str) -> None:
         try:
             if is_dataclass(wanted):
                 msgspec.convert(msgspec.to_builtins(value), wanted)
-            elif get_origin(wanted) is tuple:
+            elif get_origin(wanted) is tuple and isinstance(get_args(wanted)[0], type):
                 if not isinstance(value, tuple) or not all(isinstance(v, get_args(wanted)[0]) for v in value):
                     raise msgspec.ValidationError(f"Expected a tuple of {get_args(wanted)[0].__name__}")
             else:

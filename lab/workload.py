@@ -6,8 +6,9 @@ the running trial knows (see `plan.PLACEHOLDERS`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
 
 from lab.errors import LabError, unknown_name
 
@@ -22,7 +23,8 @@ class Workload:
 
     `concurrency` requests are in flight at once (closed loop); with `rate_per_s` the requests are sent at
     that mean rate instead (open loop, Poisson). Every request asks for an answer of exactly `output_tokens`.
-    `variants` limits the load to those; empty means all.
+    `variants` limits the load to those; empty means all. `small` names other numbers for machines that cannot serve
+    the load as it is: fields of the load with their values there (see `scaled`).
     """
 
     name: str
@@ -32,8 +34,18 @@ class Workload:
     concurrency: int = 1
     rate_per_s: float | None = None
     variants: tuple[str, ...] = ()
+    small: Mapping[str, float] = field(default_factory=dict)
 
     dataset = ""
+
+    def scaled(self) -> Self:
+        """The load with its small numbers."""
+        return replace(self, **self.small, small={})  # type: ignore[arg-type]  # `check` has looked at names and types
+
+    def said_scaled(self) -> str:
+        """What the small load has other than this one, in words; empty for a load that is the same everywhere."""
+        changes = [f"{key} {value:g} instead of {getattr(self, key):g}" for key, value in self.small.items()]
+        return ", ".join(changes)
 
     def argv(self, repeat: int) -> tuple[str, ...]:
         """The client's command in repeat number `repeat`, without the interpreter."""
@@ -67,6 +79,23 @@ class Workload:
                 why="it is a mean number of requests a second",
                 fix="use a number above 0, or None for a closed loop",
             )
+
+        self._check_small()
+
+    def _check_small(self) -> None:
+        numbers = {f.name: getattr(self, f.name) for f in fields(self)}
+        allowed = [key for key, value in numbers.items() if isinstance(value, (int, float)) and key != "seed"]
+        for key, value in self.small.items():
+            if key not in allowed:
+                raise unknown_name(f"number in small of load {self.name!r}:", key, allowed)
+            if type(value) is not type(numbers[key]):
+                raise LabError(
+                    f"load {self.name!r}: small has {key}={value!r}",
+                    why=f"the load itself has {numbers[key]!r}",
+                    fix=f"use a number of the same kind, such as {numbers[key]!r}",
+                )
+        if self.small:
+            self.scaled().check()
 
     def _lengths(self, **values: int) -> None:
         for key, value in values.items():

@@ -158,7 +158,7 @@ def test_unknown_variant_of_a_load() -> None:
         (with_claim(threshold=float("nan")), "threshold is nan"),
         (with_measure(table="request"), "unknown table 'request'"),
         (with_measure(rows="second"), "unknown rows 'second'"),
-        (with_measure(reduce="p99"), "unknown reduce 'p99'"),
+        (with_measure(reduce="p90"), "unknown reduce 'p90'"),
     ],
 )
 def test_a_wrong_word_in_a_claim_is_found_before_anything_runs(bad: Experiment, problem: str) -> None:
