@@ -12,6 +12,7 @@ import pandas as pd
 from lab.errors import LabError
 from lab.forwards import (
     FORWARD_COLUMNS,
+    NUMBERS,
     batch_numbers,
     forward_table,
     request_table,
@@ -19,12 +20,19 @@ from lab.forwards import (
     tree_numbers,
 )
 from lab.gpurows import UNTESTED
+from lab.plan import Plan
+from lab.probe.labprobe.schema import LEVELS
 from lab.read.events import ProbeFile, Totals, read_events, totals
 from lab.rundir import TrialFiles
 from lab.validity import Check
 
 IN_USE = "the probe saw everything"
 FITS = "the probe's events fit the counters"
+COLUMNS_BY_LEVEL: Mapping[str, tuple[str, ...]] = {
+    "batches": (*FORWARD_COLUMNS, *NUMBERS["batches"]),
+    "requests": ("wait_ms", "service_order", *NUMBERS["requests"]),
+    "cache": NUMBERS["cache"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,22 @@ def read_probe(files: TrialFiles, windows: Mapping[str, tuple[float, float]], *,
     if reasons:
         return Probed(reason="; ".join(reasons[:3]), notes=notes)
     return Probed(file=found[0], others=found[1:], notes=notes, windows=windows)
+
+
+def absent_columns(plan: Plan, checks: pd.DataFrame) -> dict[str, str]:
+    """Why columns that the probe gives are not there, by name: its level, or what was wrong in a trial."""
+    said = checks.loc[checks["name"] == IN_USE, "detail"].astype(str)
+    failed = [detail.removeprefix(UNTESTED) for detail in said if detail.startswith(UNTESTED)]
+    found: dict[str, str] = {}
+    for level, names in (*COLUMNS_BY_LEVEL.items(),):
+        if plan.probe == "off" or LEVELS.index(level) > LEVELS.index(plan.probe):
+            reason = f"the experiment's probe is {plan.probe!r}, this needs {level!r}"
+        elif failed:
+            reason = failed[0]
+        else:
+            continue
+        found.update(dict.fromkeys(names, reason))
+    return found
 
 
 def _flaws(file: ProbeFile) -> list[str]:

@@ -142,7 +142,10 @@ ORDER = (
     *(
         "lab.report",
         "lab.report.numbers",
+        "lab.report.style",
         "lab.report.plots",
+        "lab.report.passplots",
+        "lab.report.pictures",
         "lab.report.gpuplots",
         "lab.report.gpusection",
         "lab.report.render",
