@@ -22,8 +22,8 @@ page table as it is. **torch_native** is the definition written down: a Python l
 values and calls PyTorch's `scaled_dot_product_attention`. It is slow with many requests, but easy to trust, so the others' answers
 are held against it. It also runs without a GPU, and computes cached parts of a prompt again (only the result is dropped).
 
-Decode passes are replayed from a CUDA graph with one launch (not with torch_native), so launch overhead shows in prefill. The
-backend in force is read back from each server: a trial in which it is not the one asked for is invalid. (The variable
+Decode passes are replayed from a CUDA graph with one launch (torch_native turns that off). In prefill, attention is launched by itself,
+also where the rest of the pass is in a graph, so it is there that launch overhead shows. The backend in force is read back from each server: a trial in which it is not the one asked for is invalid. (The variable
 `SGLANG_ATTENTION_BACKEND`, which one finds in older texts, is read by no release.)""",
     sources=(
         "`sglang/srt/layers/attention/base_attn_backend.py`: what a backend must do: `init_forward_metadata`, `forward_extend`, `forward_decode`",

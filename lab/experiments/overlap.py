@@ -100,6 +100,6 @@ done (PyTorch's streams do nothing there), so there is no other processor to hid
     try_next=(
         "Raise `concurrency` of `busy`: passes get longer, the scheduler's work too. Which of the two grows faster?",
         "Serve a larger model: passes get longer, so there is less to gain. Where does the gain vanish?",
-        "Add `--enable-metrics-for-all-schedulers`-like work of your own to the scheduler, and see when it stops being hidden.",
+        "Serve with `--schedule-policy lpm` and 100 requests waiting: choosing the next batch takes longer. Is it still hidden?",
     ),
 )

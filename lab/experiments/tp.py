@@ -5,6 +5,11 @@ from lab.experiment import Experiment, Published, Variant
 from lab.workload import RandomIds
 
 TP2 = ("--tp-size", "2")
+NCCL = (*TP2, "--disable-custom-all-reduce")
+
+THROUGHPUT = Measure(table="loads", load="busy", column="output_tokens_per_s")
+FIRST_TOKEN = Measure(table="requests", load="single", column="ttft_ms")
+EACH_TOKEN = Measure(table="requests", load="single", column="tpot_ms")
 
 EXPERIMENT = Experiment(
     name="tp",
@@ -24,7 +29,6 @@ always uses NCCL, so TP=2 against TP=4 compares two algorithms as well. `tp2-ncc
 So each doubling of ranks gains less than a factor of two. Nothing else changes: all ranks run the same scheduler on the same requests,
 rank 0 sends the answers. The sums are added in another order, which changes their last bits. In float32 that should
 turn no answer; in bfloat16 it may turn a token here and there, and with it the rest of that answer.
-
 Without a GPU, two processes exchange the sums over gloo: all of the mechanism, none of the speed.""",
     sources=(
         "`sglang/srt/layers/linear.py`: `RowParallelLinear.forward`, which ends in the all-reduce",
@@ -35,20 +39,14 @@ Without a GPU, two processes exchange the sums over gloo: all of the mechanism, 
     variants=(
         Variant(name="tp1", says="one rank, the reference"),
         Variant(name="tp2", says="two ranks; with GPUs, a pair joined by NVLink", args=TP2, link="nvlink"),
-        Variant(
-            name="tp2-nccl", says="the same pair, all-reduce by NCCL", args=(*TP2, "--disable-custom-all-reduce"),
-            link="nvlink", needs=("gpu", "nvlink"),
-        ),
+        Variant(name="tp2-nccl", says="the same pair, all-reduce by NCCL", args=NCCL, link="nvlink", needs=("gpu", "nvlink")),
         Variant(name="tp2-pxb", says="two GPUs of one NUMA node, over PCIe", args=TP2, link="pxb", needs=("gpu",)),
         Variant(name="tp2-sys", says="two GPUs of two NUMA nodes", args=TP2, link="sys", needs=("gpu",)),
         Variant(name="tp4", says="four GPUs of one NUMA node", args=("--tp-size", "4"), same_numa=True, needs=("gpu",)),
     ),
     loads=(
         RandomIds(name="warmup", role="warmup", seed=100, prompts=3, input_tokens=512, output_tokens=16),
-        RandomIds(
-            name="single", seed=200, prompts=12, input_tokens=2048, output_tokens=64,
-            small={"input_tokens": 512, "output_tokens": 32},
-        ),
+        RandomIds(name="single", seed=200, prompts=12, input_tokens=2048, output_tokens=64, small={"input_tokens": 512}),
         RandomIds(
             name="busy", seed=300, prompts=200, input_tokens=512, output_tokens=128, concurrency=32,
             small={"prompts": 32, "input_tokens": 256, "output_tokens": 64, "concurrency": 8},
@@ -64,44 +62,43 @@ Without a GPU, two processes exchange the sums over gloo: all of the mechanism, 
         Claim(
             name="less-than-double",
             says="Two ranks bring less than twice the tokens a second: what they exchange is on top.",
-            measure=Measure(table="loads", load="busy", column="output_tokens_per_s"),
-            variant="tp2", against="tp1", op="<", threshold=2,
+            measure=THROUGHPUT, variant="tp2", against="tp1", op="<", threshold=2,
         ),
         Claim(
             name="speed-up",
             says="Over NVLink a second GPU is worth it: at least 1.2 times the tokens a second.",
-            measure=Measure(table="loads", load="busy", column="output_tokens_per_s"),
-            variant="tp2", against="tp1", op=">", threshold=1.2, needs=("gpu", "nvlink"),
+            measure=THROUGHPUT, variant="tp2", against="tp1", op=">", threshold=1.2, needs=("gpu", "nvlink"),
+        ),
+        Claim(
+            name="room-for-more",
+            says="The KV pool more than doubles: a token takes half of the bytes on each GPU, and half of the weights made room.",
+            measure=Measure(table="loads", load="busy", column="pool_tokens"),
+            variant="tp2", against="tp1", op=">", threshold=2, needs=("gpu", "nvlink"),
         ),
         Claim(
             name="four-add-less",
             says="From two to four is a smaller step: less than 1.5 times, as half of the ways are PCIe.",
-            measure=Measure(table="loads", load="busy", column="output_tokens_per_s"),
-            variant="tp4", against="tp2", op="<", threshold=1.5, needs=("gpu", "nvlink"),
+            measure=THROUGHPUT, variant="tp4", against="tp2", op="<", threshold=1.5, needs=("gpu", "nvlink"),
         ),
         Claim(
             name="pcie-prefill",
             says="Prefill moves a gigabyte, so the way shows in time to first token: PCIe above NVLink.",
-            measure=Measure(table="requests", load="single", column="ttft_ms"),
-            variant="tp2-pxb", against="tp2", op=">", threshold=1.1, needs=("gpu", "nvlink"),
+            measure=FIRST_TOKEN, variant="tp2-pxb", against="tp2", op=">", threshold=1.1, needs=("gpu", "nvlink"),
         ),
         Claim(
             name="pcie-decode",
             says="Decode moves kilobytes, but waits for each: a token takes longer over PCIe than over NVLink.",
-            measure=Measure(table="requests", load="single", column="tpot_ms"),
-            variant="tp2-pxb", against="tp2", op=">", threshold=1, needs=("gpu", "nvlink"),
+            measure=EACH_TOKEN, variant="tp2-pxb", against="tp2", op=">", threshold=1, needs=("gpu", "nvlink"),
         ),
         Claim(
             name="sockets-decode",
             says="And longer still from one socket to the other.",
-            measure=Measure(table="requests", load="single", column="tpot_ms"),
-            variant="tp2-sys", against="tp2-pxb", op=">", threshold=1, needs=("gpu",),
+            measure=EACH_TOKEN, variant="tp2-sys", against="tp2-pxb", op=">", threshold=1, needs=("gpu",),
         ),
         Claim(
             name="custom-all-reduce",
             says="Without the custom all-reduce a token takes longer on the same pair.",
-            measure=Measure(table="requests", load="single", column="tpot_ms"),
-            variant="tp2-nccl", against="tp2", op=">", threshold=1, needs=("gpu", "nvlink"),
+            measure=EACH_TOKEN, variant="tp2-nccl", against="tp2", op=">", threshold=1, needs=("gpu", "nvlink"),
         ),
         Claim(
             name="communication",
