@@ -22,7 +22,7 @@ an 8B model with 32 layers. No rank can go on before it is done, so the link's t
 
 What travels is tokens times hidden size times 2 bytes. **Decode** of one request: 8 KB. The time is all latency, and SGLang has a **custom
 all-reduce** for it: each GPU reads the others' memory in one kernel, without NCCL's steps. **Prefill** of 2,048 tokens: 16 MB, 65 times,
-over 1 GB. That is bandwidth: about 5 ms at 200 GB/s over NVLink, above 50 ms at 20 GB/s through PCIe. More than 8 MB goes
+over 1 GB. That is bandwidth: about 5 ms at 200 GB/s over NVLink, above 50 ms at 20 GB/s through PCIe. Messages of several MB go
 to NCCL even on NVLink. Beyond two GPUs the custom kernel needs NVLink between all of them: TP=4 on two NVLink pairs
 always uses NCCL, so TP=2 against TP=4 compares two algorithms as well. `tp2-nccl` tells the one from the other.
 
