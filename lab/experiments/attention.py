@@ -15,7 +15,7 @@ new token attends to all before it, so the work grows with the square of the pro
 context: little arithmetic, but all keys and values of the request are read from the KV cache in every pass. They lie there in
 slots handed out one by one, so a kernel finds them through a table of indices.
 
-Backends differ in how. **FlashInfer** compiles CUDA kernels for the shapes it meets and first *plans* each batch on the CPU, so that
+Backends differ in how. **FlashInfer** compiles CUDA kernels for the model at hand and first *plans* each batch on the CPU, so that
 requests of different lengths fill all SMs evenly. **Triton** kernels are written in Python and compiled for the GPU at the first
 call; decode splits long contexts over SMs and joins the parts in a second kernel. **FlashAttention 3** takes the
 page table as it is. **torch_native** is the definition written down: a Python loop over requests gathers each one's keys and

@@ -23,8 +23,8 @@ The order of things is visible on any machine: with overlap the result of a pass
 finished, so a pass has already been launched with it, and its token is thrown away. One request alone
 with 32 tokens decodes 31 times without overlap (the first token comes from prefill), 32 times with it.
 
-What it gains needs a GPU. On a CPU a "launch" *is* the computation: it runs on the scheduler's own core and returns when it is
-done (PyTorch's streams do nothing there), so there is no other processor to hide work behind. There only the price is left: the
+What it gains needs a GPU. On a CPU a "launch" *is* the computation, done by the scheduler's own process before the call returns
+(PyTorch's streams do nothing there), so there is no other processor to hide work behind. There only the price is left: the
 first token of a lone request, ready after prefill, is not sent before the next pass has been computed as well.""",
     sources=(
         "`sglang/srt/managers/scheduler.py`: `event_loop_normal` and `event_loop_overlap`, side by side",

@@ -46,7 +46,7 @@ Without a GPU, two processes exchange the sums over gloo: all of the mechanism, 
     ),
     loads=(
         RandomIds(name="warmup", role="warmup", seed=100, prompts=3, input_tokens=512, output_tokens=16),
-        RandomIds(name="single", seed=200, prompts=12, input_tokens=2048, output_tokens=64, small={"input_tokens": 512}),
+        RandomIds(name="single", seed=200, prompts=12, input_tokens=2048, output_tokens=32, small={"input_tokens": 512}),
         RandomIds(
             name="busy", seed=300, prompts=200, input_tokens=512, output_tokens=128, concurrency=32,
             small={"prompts": 32, "input_tokens": 256, "output_tokens": 64, "concurrency": 8},
