@@ -137,7 +137,12 @@ def _trials(
                     server=Process(
                         argv=argv,
                         env=(
-                            *(*env, *dialect.server_env, *gpu_env(seat.gpus), *rank_env(seat.rank_cpus)),
+                            *(
+                                *env,
+                                *dialect.server_env,
+                                *gpu_env(seat.cuda_numbers),
+                                *rank_env(seat.rank_cpus),
+                            ),
                             *probe_env(experiment.probe, path=dialect.probe_path),
                         ),
                         cpus=seat.server_cpus,

@@ -22,7 +22,8 @@ TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
 class Seat:
     """A variant's place. `gpus` are UUIDs in the order of ranks; empty CPU and node sets mean: not bound.
 
-    `rank_cpus` are the CPUs of each rank of a server with several ranks and no GPU.
+    `cuda_numbers` are CUDA's numbers of the GPUs as the server sees them: in a container those that it was given count
+    from 0. `rank_cpus` are the CPUs of each rank of a server with several ranks and no GPU.
     """
 
     gpus: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class Seat:
     client_cpus: tuple[int, ...] = ()
     client_mems: tuple[int, ...] = ()
     sampler_cpus: tuple[int, ...] = ()
+    cuda_numbers: tuple[int, ...] = ()
     rank_cpus: tuple[tuple[int, ...], ...] = ()
     reason: str = ""
 
@@ -87,6 +89,11 @@ def seats(
         )
         for variant in experiment.variants
     }
+    contained = site.runtime == "docker"
+    found = {
+        name: replace(seat, cuda_numbers=_numbers(seat.gpus, hardware=hardware, contained=contained))
+        for name, seat in found.items()
+    }
     if stack.device == "cpu":
         found = {
             name: replace(seat, rank_cpus=_shares(seat.server_cpus or hardware.cpus_allowed, ranks[name]))
@@ -112,14 +119,16 @@ def unseated(
     """
     reasons: dict[str, str] = {}
     errors: list[LabError] = []
+    named = asked or site.gpus
     for variant in experiment.variants:
+        ranks = tensor_parallel((*stack.server_args, *experiment.server, *variant.args))
         try:
             seats(
                 replace(experiment, variants=(variant,)),
                 stack=stack,
                 site=site,
                 hardware=hardware,
-                asked=asked[: tensor_parallel((*stack.server_args, *experiment.server, *variant.args))],
+                asked=named[:ranks],
                 busy=busy,
             )
         except LabError as error:
@@ -128,6 +137,15 @@ def unseated(
     if errors and len(errors) == len(experiment.variants):
         raise errors[0]
     return reasons
+
+
+def _numbers(gpus: Sequence[str], *, hardware: Hardware, contained: bool) -> tuple[int, ...]:
+    """The GPUs as CUDA numbers them by bus, which is NVML's order."""
+    index = {gpu.uuid: gpu.index for gpu in hardware.gpus}
+    numbers = [index[uuid] for uuid in gpus]
+    if contained:
+        numbers = [sorted(numbers).index(number) for number in numbers]
+    return tuple(numbers)
 
 
 def _shares(cpus: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:

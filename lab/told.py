@@ -21,9 +21,13 @@ COMMON_ENV = (
 )
 
 
-def gpu_env(gpus: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """CUDA numbers GPUs by speed unless told otherwise; UUIDs keep the order of ranks, an empty list hides all."""
-    return (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("CUDA_VISIBLE_DEVICES", ",".join(gpus)))
+def gpu_env(numbers: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """CUDA numbers GPUs by speed unless told otherwise. The list keeps the order of ranks; an empty one hides all.
+
+    Numbers, not UUIDs: SGLang's custom all-reduce reads the list with `int()` and, where that fails, goes on with NCCL
+    after one line in the log (`srt/distributed/device_communicators/custom_all_reduce*.py`, 0.4.6 and 0.5.21).
+    """
+    return (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("CUDA_VISIBLE_DEVICES", ",".join(map(str, numbers))))
 
 
 def rank_env(cpus: tuple[tuple[int, ...], ...]) -> tuple[tuple[str, str], ...]:

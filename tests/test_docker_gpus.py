@@ -132,6 +132,9 @@ def bench(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     made.check_nothing_left()
 
 
+INDEX = {PLAN_BOX.uuid(gpu): gpu for gpu in range(7)}
+
+
 def uuids(*gpus: int) -> tuple[str, ...]:
     return tuple(PLAN_BOX.uuid(gpu) for gpu in gpus)
 
@@ -139,7 +142,8 @@ def uuids(*gpus: int) -> tuple[str, ...]:
 def started(rt: DockerRuntime, bench: Bench, *, gpus: tuple[str, ...], name: str = "server") -> Contained:
     """A program that looks and then stays, as a server does; a client where it has no GPU."""
     code = LOOK + "import time; time.sleep(60)"
-    env = (*ENV, *gpu_env(gpus))
+    indexes = [INDEX[uuid] for uuid in gpus]
+    env = (*ENV, *gpu_env(tuple(sorted(indexes).index(index) for index in indexes)))
     port = PORT if name == "server" else 0
     command = bench.python(code, name=name, port=port, gpus=gpus, env=env, cpus=(CPU,), mems=(0,))
     program = rt.start(command)
@@ -179,7 +183,7 @@ def test_ranks_and_their_gpus_as_planned(bench: Bench, box: Box) -> None:
     assert server["cpus"] == client["cpus"] == [CPU]
     assert server["env"] == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(seat.gpus),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, seat.cuda_numbers)),
         "NVIDIA_VISIBLE_DEVICES": ",".join(seat.gpus),
     }
     assert (client["uuids"], client["nodes"]) == ([], [])
@@ -197,7 +201,8 @@ def test_the_order_of_ranks_reaches_the_toolkit(bench: Bench, box: Box, gpus: tu
         started(rt, bench, gpus=uuids(*gpus))
     assert box.toolkit.records("hook")[-1]["visible"] == ",".join(uuids(*gpus))
     assert seen(bench)["uuids"] == list(uuids(*sorted(gpus)))
-    assert seen(bench)["env"]["CUDA_VISIBLE_DEVICES"] == ",".join(uuids(*gpus))  # type: ignore[index]
+    numbers = ",".join(str(sorted(gpus).index(gpu)) for gpu in gpus)
+    assert seen(bench)["env"]["CUDA_VISIBLE_DEVICES"] == numbers  # type: ignore[index]
 
 
 def test_all_seven(bench: Bench) -> None:
@@ -278,7 +283,7 @@ def test_gpus_by_cdi(bench: Bench, box: Box) -> None:
         with pytest.raises(StartFailed, match="does not know a GPU that the plan names"):
             rt.start(bench.command("true", name="other", gpus=("GPU-none",)))
     assert seen(bench)["uuids"] == list(uuids(2, 3))
-    assert seen(bench)["env"]["CUDA_VISIBLE_DEVICES"] == ",".join(uuids(3, 2))  # type: ignore[index]
+    assert seen(bench)["env"]["CUDA_VISIBLE_DEVICES"] == "1,0"  # type: ignore[index]
 
 
 def dockerd_major() -> int:

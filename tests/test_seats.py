@@ -10,7 +10,7 @@ from nvmlstandin import NO_GPU, PLAN_BOX, WORKSTATION, Machine, Node, hardware_o
 from lab import places
 from lab.errors import LabError
 from lab.experiment import Experiment, Variant, load_experiment
-from lab.seats import Seat, seats, tensor_parallel
+from lab.seats import Seat, seats, tensor_parallel, unseated
 from lab.site import Site
 from lab.stack import load_stack
 
@@ -123,3 +123,34 @@ def test_two_cpus_are_too_few_to_pin_and_the_seat_says_so() -> None:
 def test_the_last_size_counts() -> None:
     assert tensor_parallel(("--tp-size", "2", "--tp", "4")) == 4
     assert tensor_parallel(("--device", "cpu")) == 1
+
+
+def test_cuda_counts_a_containers_gpus_from_0_and_a_process_sees_all() -> None:
+    asked = ("6", "5")
+    assert on_box(2, asked=asked).cuda_numbers == (1, 0), "in the order of ranks"
+    process = replace(DOCKER, runtime="process")
+    assert on_box(2, asked=asked, site=process).cuda_numbers == (6, 5)
+
+
+def test_ranks_on_cpus_share_them_evenly() -> None:
+    found = seats(experiment(1, 2), stack=CPU, site=DOCKER, hardware=hardware_of(NO_GPU))
+    assert found["tp1"].rank_cpus == ()
+    first, second = found["tp2"].rank_cpus
+    assert len(first) == len(second) > 0
+    assert not set(first) & set(second)
+    one_cpu = replace(hardware_of(NO_GPU), cpus_allowed=(3,))
+    alone = seats(experiment(2), stack=CPU, site=replace(DOCKER, runtime="process"), hardware=one_cpu)
+    assert alone["tp2"].rank_cpus == ((3,), (3,))
+
+
+def test_a_variant_without_a_place_is_left_out_with_the_reason() -> None:
+    small = hardware_of(WORKSTATION)
+    reasons = unseated(experiment(1, 2, 4), stack=CUDA, site=DOCKER, hardware=small)
+    assert set(reasons) == {"tp4"}
+    assert "4" in reasons["tp4"]
+    far = unseated(experiment(2, link="nvlink"), stack=CUDA, site=DOCKER, hardware=BOX)
+    assert far == {}
+    named = replace(DOCKER, gpus=("0", "1"))
+    assert set(unseated(experiment(1, 2, 4), stack=CUDA, site=named, hardware=BOX)) == {"tp4"}
+    with pytest.raises(LabError):
+        unseated(experiment(4), stack=CUDA, site=DOCKER, hardware=small)

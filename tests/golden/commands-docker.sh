@@ -111,7 +111,10 @@ docker run --detach \
   --env SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false \
   --env SGLANG_LOG_MS=1 \
   --env CUDA_DEVICE_ORDER=PCI_BUS_ID \
-  --env CUDA_VISIBLE_DEVICES=GPU-b9293e65-da7d-542c-977c-f64a9849c7af,GPU-9af0b4f9-996d-5673-81c6-c590d95bb570 \
+  --env CUDA_VISIBLE_DEVICES=0,1 \
+  --env PYTHONPATH=/lab/probe \
+  --env LAB_PROBE_DIR=/trial/events \
+  --env LAB_PROBE_LEVEL=cache \
   "${IMAGE}" \
   -c 'exec "$@" >> "$0" 2>&1' /trial/server.log \
   /opt/stack/bin/python -m sglang.launch_server \
