@@ -85,7 +85,7 @@ def _judge(
             if name in absent:
                 return _untested(claim, unit, f"no {name}: {absent[name]}")
         where = claim.variant if claim.against is None else f"{claim.variant} and {claim.against}"
-        what = claim.measure.label() if own or not claim.base else base.label()
+        what = base.label() if own else claim.measure.label()
         return _untested(claim, unit, f"no valid trial of {where} has {what}")
     values = [own[r] for r in repeats]
     if not claim.compares:

@@ -184,3 +184,83 @@ def test_what_is_known_to_be_absent_is_untested_with_its_reason() -> None:
     assert (verdict.outcome, verdict.reason) == ("untested", "no off: it was left out")
     (verdict,) = judge((HIT,), tables(), capabilities=(), absent={"hit_rate": "it is not counted"})
     assert verdict.outcome == "held", "a number that is there is judged, whatever is said of others"
+
+
+# ------------------------------------------------------------ forward passes, two loads, differences
+
+
+def with_passes(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Every trial of `found` with a prefill pass of 50 ms and decode passes of 2, 4 and 4 ms, `long` takes double."""
+    rows = []
+    for trial in found["trials"].to_dict("records"):
+        key = {name: trial[name] for name in ("trial", "variant", "repeat")}
+        for load, factor in (("chat", 1), ("long", 2)):
+            for mode, run_ms in (("prefill", 50.0), ("decode", 2.0), ("decode", 4.0), ("decode", 4.0)):
+                rows.append(
+                    {**key, "load": load, "mode": mode, "run_ms": factor * run_ms + 0.01 * trial["repeat"]}
+                )
+    return {**found, "forwards": pd.DataFrame(rows)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "reduce", "expected"),
+    [
+        ("all", "max", 50.0),
+        ("prefill", "median", 50.0),
+        ("decode", "median", 4.0),
+        ("decode", "count", 3),
+        ("decode", "distinct", 2),
+        ("decode", "p95", 4.0),
+        ("all", "p99", 4 + 0.97 * 46),
+    ],
+)
+def test_a_measure_of_passes(rows: str, reduce: str, expected: float) -> None:
+    measure = Measure(table="forwards", load="chat", column="run_ms", rows=rows, reduce=reduce)  # type: ignore[arg-type]
+    found = samples(measure, "on", with_passes(tables()))
+    assert found[0] == pytest.approx(expected)
+    assert measure.label()
+
+
+def test_a_ratio_of_two_loads_of_one_variant() -> None:
+    decode = Measure(table="forwards", load="long", column="run_ms", rows="decode")
+    claim = Claim(
+        name="longer",
+        says="",
+        measure=decode,
+        base=replace(decode, load="chat"),
+        variant="on",
+        op=">",
+        threshold=1.3,
+    )
+    verdict = one(claim, with_passes(tables()))
+    assert verdict.outcome == "held"
+    assert verdict.unit == "ratio"
+    assert verdict.value == pytest.approx(2.0, rel=0.01)
+    assert verdict.levels == pytest.approx((8.0, 4.0), rel=0.01)
+    assert claim.expectation() == (
+        "on: median run_ms, decode passes of long / on: median run_ms, decode passes of chat > 1.3"
+    )
+    missing = one(replace(claim, base=replace(decode, load="chat", column="nothing")), with_passes(tables()))
+    assert missing.outcome == "untested"
+    assert "nothing" in missing.reason
+
+
+def test_a_difference_where_a_side_can_be_0() -> None:
+    hits = Measure(table="loads", load="chat", column="hit_rate")
+    claim = Claim(
+        name="more",
+        says="",
+        measure=hits,
+        variant="on",
+        against="off",
+        op=">",
+        threshold=0.5,
+        by="difference",
+    )
+    found = tables()
+    assert one(replace(claim, by="ratio"), found).outcome == "untested", "there is no ratio to 0"
+    verdict = one(claim, found)
+    assert verdict.outcome == "held"
+    assert verdict.value == pytest.approx(0.66)
+    assert verdict.unit == ""
+    assert claim.expectation() == "on - off > 0.5"

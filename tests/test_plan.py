@@ -271,3 +271,43 @@ def test_the_script_binds_the_client_as_the_plan_does() -> None:
     bound = replace(trial, client=replace(trial.client, mems=(1,), cpus=(3,)))
     text = commands.script(replace(plan, trials=(bound,)))
     assert text.count("  --membind=1 ") == text.count("taskset -c 3 ") == len(trial.loads)
+
+
+def scaled_source(**changes: object) -> Source:
+    experiment = replace(RADIX.experiment, **changes)  # type: ignore[arg-type]
+    loads = tuple(replace(load, small={"output_tokens": 3}) for load in experiment.loads)
+    return replace(RADIX, experiment=replace(experiment, loads=loads))
+
+
+def test_loads_are_small_where_the_cpu_serves_unless_the_site_says_otherwise() -> None:
+    """And a load without small numbers is the same everywhere."""
+    plan = make_fake_plan(scaled_source())
+    steps = plan.trials[0].loads
+    assert plan.scale == "small"
+    assert {step.output_tokens for step in steps} == {3}
+    assert all(step.scaled.startswith("output_tokens 3 instead of") for step in steps)
+    full = make_fake_plan(scaled_source(), site=replace(PINNED, scale="full"))
+    assert full.scale == "full"
+    assert {step.scaled for step in full.trials[0].loads} == {""}
+    assert {step.scaled for step in make_fake_plan(RADIX).trials[0].loads} == {""}
+
+
+def test_the_servers_get_the_probe_and_the_clients_do_not() -> None:
+    plan = make_fake_plan(scaled_source(probe="requests"))
+    for trial in plan.trials:
+        server, client = dict(trial.server.env), dict(trial.client.env)
+        assert server["LAB_PROBE_LEVEL"] == plan.probe == "requests"
+        assert server["LAB_PROBE_DIR"] == "${TRIAL}/events"
+        assert server["PYTHONPATH"] == "${LAB}/probe"
+        assert not {"LAB_PROBE_DIR", "PYTHONPATH"} & set(client)
+    off = make_fake_plan(scaled_source(probe="off"))
+    assert "LAB_PROBE_DIR" not in dict(off.trials[0].server.env)
+
+
+def test_a_variant_that_needs_what_is_absent_is_left_out() -> None:
+    gpu = replace(RADIX.experiment.variants[0], name="gpu", needs=("gpu",))
+    source = replace(RADIX, experiment=replace(RADIX.experiment, variants=(*RADIX.experiment.variants, gpu)))
+    plan = make_fake_plan(source)
+    assert plan.left_out == {"gpu": "this machine has no gpu"}
+    assert "gpu" not in plan.variants
+    assert "gpu" in make_fake_plan(source, site=replace(PINNED, capabilities=("gpu",))).variants

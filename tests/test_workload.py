@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lab.errors import LabError
 from lab.plan import PLACEHOLDER, PLACEHOLDERS
 from lab.workload import Chat, RandomIds, SharedPrefix, Workload
 
@@ -103,3 +104,32 @@ def test_only_known_placeholders_are_used(load: Workload) -> None:
     used = {name for word in load.argv(0) for name in PLACEHOLDER.findall(word)}
     assert used
     assert used <= PLACEHOLDERS.keys()
+
+
+def test_a_small_load_has_its_numbers_and_says_what_they_replace() -> None:
+    load = RandomIds(
+        name="l", seed=1, prompts=500, rate_per_s=50.0, input_tokens=256, output_tokens=128,
+        small={"prompts": 60, "rate_per_s": 6.5},
+    )  # fmt: skip
+    load.check()
+    scaled = load.scaled()
+    assert (scaled.prompts, scaled.rate_per_s, scaled.input_tokens) == (60, 6.5, 256)
+    assert scaled.small == {}
+    assert load.said_scaled() == "prompts 60 instead of 500, rate_per_s 6.5 instead of 50"
+    assert scaled.said_scaled() == ""
+
+
+@pytest.mark.parametrize(
+    ("small", "problem"),
+    [
+        ({"promts": 3}, "unknown number in small of load 'l': 'promts'"),
+        ({"seed": 3}, "unknown number in small"),
+        ({"rate_per_s": 3.0}, "unknown number in small"),
+        ({"prompts": 3.5}, "small has prompts=3.5"),
+        ({"prompts": 0}, "prompts is 0"),
+    ],
+)
+def test_small_numbers_that_are_not_the_loads(small: dict[str, float], problem: str) -> None:
+    load = RandomIds(name="l", seed=1, prompts=5, input_tokens=9, output_tokens=9, small=small)
+    with pytest.raises(LabError, match=problem):
+        load.check()
