@@ -15,6 +15,7 @@ import psutil
 from lab import commands, places, scratch
 from lab.app import explanation, find_run, report
 from lab.choice import fitting_stack
+from lab.dialect import get_dialect
 from lab.errors import LabError
 from lab.execute import execute
 from lab.experiment import Source, load_experiment
@@ -24,7 +25,8 @@ from lab.hardware.model import to_json as to_json_hardware
 from lab.images.context import check_lock
 from lab.machine import describe, uncommitted
 from lab.models import get_model
-from lab.plan import Plan, make_plan, read_plan, to_json
+from lab.plan import Plan, read_plan, to_json
+from lab.planning import make_plan
 from lab.prepare import NoImageError, Prepared, make, resolve, without_containers
 from lab.progress import Progress
 from lab.rundir import RUN_DISK_GB, Run, fresh_name, verify, write_json, write_text
@@ -34,7 +36,8 @@ from lab.runtime.gpulock import gpus_locked, shared_folder
 from lab.runtime.ledger import Ledger
 from lab.runtime.ports import require_port
 from lab.runtime.process import ProcessRuntime
-from lab.seats import seats
+from lab.seats import seats, unseated
+from lab.servable import left_out_of, without
 from lab.site import load_site
 from lab.stack import all_stacks, check_driver, check_platform, check_resources, load_stack
 
@@ -152,14 +155,17 @@ def planned(source: Source, prepared: Prepared, asked: Asked) -> Plan:
     named = [word for word in asked.gpus.split(",") if word.strip()]
     if asked.gpus and not named:
         raise LabError(f"--gpus {asked.gpus} names no GPU", why="it is a list", fix="--gpus 0,1")
-    found = seats(
+    dialect = get_dialect(prepared.stack.dialect)
+    refused = left_out_of(
         source.experiment,
         stack=prepared.stack,
-        site=prepared.site,
-        hardware=prepared.hardware,
-        asked=named,
-        busy=prepared.busy,
+        dialect=dialect,
+        capabilities=prepared.site.capabilities,
     )
+    possible = without(source.experiment, refused)
+    stack, site, hardware, busy = prepared.stack, prepared.site, prepared.hardware, prepared.busy
+    unplaced = unseated(possible, stack=stack, site=site, hardware=hardware, asked=named, busy=busy)
+    seated = without(possible, unplaced)
     return make_plan(
         source,
         stack=prepared.stack,
@@ -168,7 +174,8 @@ def planned(source: Source, prepared: Prepared, asked: Asked) -> Plan:
         site=prepared.site,
         places=prepared.places,
         containers=prepared.containers,
-        seats=found,
+        seats=seats(seated, stack=stack, site=site, hardware=hardware, asked=named, busy=busy),
+        left_out=unplaced,
         repeats=asked.repeats,
     )
 

@@ -127,10 +127,11 @@ BOXES = (
         text="Identified: Key bottlenecks in SGLang serving",
         asks="What limits a server: stalls of decoding behind prefill, the scheduler's own work, the order of service, the pool?",
         claims=(
-            *_of("baseline", "batching-pays", "prefill-stalls-decode"),
+            *_of("baseline", "batching-pays", "newcomers-interrupt"),
             *_of("batching", "batch-follows-load", "forming-is-cheap", "retraction", "work-twice"),
             *_of("overlap", "processed-late", "processed-in-turn"),
             *_of("policies", "lpm-hits-more", "lpm-mean-ttft"),
+            *_of("memory", "knee", "small-pool-small-batch"),
         ),
     ),
 )

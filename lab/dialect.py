@@ -23,7 +23,7 @@ class Dialect:
     request is done, which `requests_total` then counts. `records` is where the server's account of each request is:
     a file of its own (`export`) or its log (`log`). `unknown_flags` are server arguments of newer releases that
     experiments use and this one refuses; `on_cpu` are those that it has and that only one value of works without a GPU:
-    flag, value, and why the others do not.
+    flag, value, and why the others do not. `probe_path` is what PYTHONPATH needs so that the probe comes in.
 
     Of bench_serving: `implied` are flags that it lacks, each with the value that it acts by; `added` are arguments that
     every load gets; `bench_extra` is how many requests it sends before the load, whatever it is told. `datasets` are
@@ -39,6 +39,7 @@ class Dialect:
     flush: str = "/flush_cache"
     metrics: str = "/metrics"
     server_env: tuple[tuple[str, str], ...]
+    probe_path: tuple[str, ...] = ("${LAB}/probe",)
     unknown_flags: tuple[str, ...] = ()
     on_cpu: tuple[tuple[str, str, str], ...] = ()
     requests_total: str = "num_requests_total"
@@ -103,6 +104,10 @@ DIALECTS = (
         info="/get_server_info",
         # Log lines get milliseconds, and the process that wrote them: by itself this release prints whole seconds.
         server_env=(("SGLANG_LOGGING_CONFIG_PATH", "${LAB}/data/logging.json"),),
+        probe_path=(
+            "${LAB}/probe/startup",
+            "${LAB}/probe",
+        ),  # it has no plugins: Python itself loads the probe
         unknown_flags=(
             "--radix-eviction-policy",
             "--skip-server-warmup",

@@ -77,7 +77,7 @@ class Experiment:
     published: tuple[Published, ...] = ()
     repeats: int = 3
     probe: Probe = "batches"
-    pictures: tuple[Picture, ...] = ("ttft",)
+    pictures: tuple[Picture, ...] = ("ttft", "cached-share", "eviction")
 
     def loads_of(self, variant: str) -> tuple[Workload, ...]:
         """The loads a trial of `variant` runs, in order."""

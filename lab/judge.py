@@ -39,8 +39,7 @@ def samples(measure: Measure, variant: str, tables: Mapping[str, pd.DataFrame]) 
     if measure.column not in rows.columns:
         return {}
     rows = rows[(rows["load"] == measure.load) & rows["trial"].isin(valid["trial"])]
-    if measure.table == "requests" and measure.rows != "all":
-        rows = rows[(rows["group_order"] == 0) == (measure.rows == "first")]
+    rows = rows[_which(measure, rows)]
     found: dict[int, float] = {}
     for repeat, group in rows.groupby("repeat"):
         value = _reduce(group[measure.column].dropna(), measure.reduce)
@@ -49,11 +48,22 @@ def samples(measure: Measure, variant: str, tables: Mapping[str, pd.DataFrame]) 
     return found
 
 
+def _which(measure: Measure, rows: pd.DataFrame) -> pd.Series[bool]:
+    """The rows that the measure is of."""
+    if measure.table == "requests" and measure.rows in ("first", "later"):
+        return (rows["group_order"] == 0) == (measure.rows == "first")
+    if measure.table == "forwards" and measure.rows in ("prefill", "decode"):
+        return (rows["mode"] == "decode") == (measure.rows == "decode")
+    return pd.Series(True, index=rows.index)
+
+
 def _reduce(column: pd.Series[float], how: Reduce) -> float:
-    """The column as one number. Of nothing it is missing (NaN), a sum too: no rows are not a zero."""
+    """The column as one number. Of nothing it is missing (NaN), a sum and a count too: no rows are not a zero."""
     if column.empty:
         return math.nan
-    return float(column.agg(how))
+    if how in ("p95", "p99"):
+        return float(column.quantile(float(how[1:]) / 100))
+    return float(column.nunique() if how == "distinct" else column.agg(how))
 
 
 def _judge(
@@ -62,23 +72,28 @@ def _judge(
     capabilities: tuple[str, ...],
     absent: Mapping[str, str],
 ) -> Verdict:
-    unit = "ratio" if claim.against else _unit(claim.measure)
+    unit = "ratio" if claim.compares and claim.by == "ratio" else _unit(claim.measure)
     lacking = [need for need in claim.needs if need not in capabilities]
     if lacking:
         return _untested(claim, unit, f"this machine has no {', '.join(lacking)}")
     own = samples(claim.measure, claim.variant, tables)
-    other = own if claim.against is None else samples(claim.measure, claim.against, tables)
+    base = claim.base or claim.measure
+    other = own if not claim.compares else samples(base, claim.against or claim.variant, tables)
     repeats = sorted(own.keys() & other.keys())
     if not repeats:
-        for name in (claim.variant, claim.against or "", claim.measure.column):
+        for name in (claim.variant, claim.against or "", claim.measure.column, base.column):
             if name in absent:
                 return _untested(claim, unit, f"no {name}: {absent[name]}")
         where = claim.variant if claim.against is None else f"{claim.variant} and {claim.against}"
-        return _untested(claim, unit, f"no valid trial of {where} has {claim.measure.label()}")
+        what = claim.measure.label() if own or not claim.base else base.label()
+        return _untested(claim, unit, f"no valid trial of {where} has {what}")
     values = [own[r] for r in repeats]
-    if claim.against is None:
+    if not claim.compares:
         return _verdict(claim, unit, mean_interval(values), tuple(values))
     others = [other[r] for r in repeats]
+    if claim.by == "difference":
+        differences = tuple(a - b for a, b in zip(values, others, strict=True))
+        return _verdict(claim, unit, mean_interval(differences), differences)
     if any(x <= 0 for x in (*values, *others)):
         return _untested(claim, unit, "a measurement is 0, so there is no ratio")
     ratios = tuple(a / b for a, b in zip(values, others, strict=True))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lab import lru
 from lab.dialect import Dialect
+from lab.forwards import number_columns, order_numbers
 from lab.plan import LoadStep, Trial
 from lab.read import prom
 from lab.read.requestecho import Tokens
@@ -23,6 +24,8 @@ LOAD_COLUMNS = (
     *("prompt_tokens", "cached_tokens", "generated_tokens", "evicted_tokens", "retracted_requests"),
     *("pool_tokens", "working_set_tokens", "hit_rate", "predicted_hit_rate", "hit_rate_lost"),
     *("lru_hit_rate", "lru_agreement", "groups", "groups_evicted"),
+    *("output_tokens_per_s", "total_tokens_per_s", "requests_per_s"),
+    *number_columns(),
 )
 METRIC_COLUMNS = ("trial", "load", "name", "labels", "delta", "state")
 GROUP_COLUMNS = ("trial", "variant", "load", "group", "requests", "found_again", "evicted", "lost_at")
@@ -57,21 +60,25 @@ def read_load(
     dialect: Dialect,
     logged_retractions: float,
     apart: Tokens,
+    answers: bool = False,
 ) -> LoadTables:
     """Join what client and server say of the load's requests, add the predictions, count.
 
     `server` are the server's records of the load (`serverrecords`), `pool_tokens` its KV slots; `logged_retractions`
-    count where the release has no counter of them, `apart` is what the counters hold of other requests.
+    count where the release has no counter of them, `apart` is what the counters hold of other requests. With `answers`
+    the requests have a column `text`.
     """
-    client, notes = client_frame(files, dataset=step.dataset, answers=dialect.records == "log")
+    client, notes = client_frame(files, dataset=step.dataset, answers=answers or dialect.records == "log")
     requests = join(client, server) if len(client) else pd.DataFrame(columns=list(COLUMNS))
+    if not answers:
+        requests = requests.drop(columns="text", errors="ignore")
     if step.hit_rate == 0:  # no cache, or nothing planned to share: nothing is predicted, whatever is alike
         requests["predicted_share"] = requests["lru_share"] = 0.0
     elif step.one_by_one and pool_tokens < step.working_set_tokens:
         requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens))
     deltas = prom.difference(prom.read(files.before), prom.read(files.after))
     numbers = _numbers(step, requests, deltas, pool_tokens=pool_tokens, dialect=dialect, apart=apart)
-    numbers["duration_s"] = duration_s
+    numbers |= {"duration_s": duration_s, **_rates(requests, numbers), **order_numbers(requests)}
     if not dialect.retracted_total:
         numbers["retracted_requests"] = logged_retractions
     for place, (name, value) in enumerate(keys_of(trial, step).items()):
@@ -129,6 +136,20 @@ def _numbers(
         "lru_agreement": float(agree.mean()) if len(again) else float("nan"),
         "groups": float(requests["group"].nunique()),
         "groups_evicted": float(requests.loc[lost(requests), "group"].nunique()),
+    }
+
+
+def _rates(requests: pd.DataFrame, numbers: dict[str, float]) -> dict[str, float]:
+    """Throughput from the first request's arrival to the last one's end; tokens as the server counted them."""
+    ends = requests["received_s"].astype(float) + requests["e2e_ms"].astype(float) / 1000
+    span = float(ends.max()) if len(requests) else float("nan")
+    if not span > 0:
+        return {}
+    prompt, output = numbers["prompt_tokens"], numbers["generated_tokens"]
+    return {
+        "output_tokens_per_s": output / span,
+        "total_tokens_per_s": (prompt + output) / span,
+        "requests_per_s": len(requests) / span,
     }
 
 

@@ -1,7 +1,7 @@
 """The numbers of the tables: column, unit, and how each is defined. The report prints these definitions.
 
 Client columns are what bench_serving or the chat program saw; server columns are SGLang's own record of
-the request; the names are the field's usual ones."""
+the request; those of forward passes and of the tree come from the probe. The names are the field's usual ones."""
 
 from __future__ import annotations
 
@@ -18,82 +18,185 @@ class Metric:
     decimals: int = 1
 
 
+# column, unit, decimals, what it means
+_TABLE = (
+    (
+        "ttft_ms",
+        "ms",
+        1,
+        "time to first token: from the client sending the request to the first streamed token",
+    ),
+    ("itl_ms", "ms", 2, "inter-token latency: the request's median gap between streamed tokens"),
+    ("e2e_ms", "ms", 1, "from the client sending the request to its last token"),
+    ("queue_ms", "ms", 2, "time the request waited in the server's queue"),
+    ("server_ttft_ms", "ms", 1, "time to first token by the server's own clock (first_token_latency)"),
+    ("prompt_tokens", "tokens", 0, "prompt length as the server counted it"),
+    ("cached_tokens", "tokens", 0, "prompt tokens whose KV entries were found in the radix cache"),
+    ("cached_share", "", 3, "cached_tokens / prompt_tokens of a request"),
+    ("hit_rate", "", 3, "cached over prompt tokens of all requests of a load"),
+    (
+        "predicted_hit_rate",
+        "",
+        3,
+        "the hit rate an unbounded cache would show, computed from the prompts that were sent",
+    ),
+    ("hit_rate_lost", "", 3, "predicted_hit_rate - hit_rate: what eviction took"),
+    (
+        "lru_hit_rate",
+        "",
+        3,
+        "the hit rate of a model cache of the pool's size that evicts least recently used leaves (lab/lru.py)",
+    ),
+    (
+        "lru_agreement",
+        "",
+        3,
+        "share of repeated prefixes for which that model and the server agree on found or evicted",
+    ),
+    (
+        "evicted_tokens",
+        "tokens",
+        0,
+        "KV slots freed by eviction during the load (sglang:evicted_tokens_total)",
+    ),
+    (
+        "groups_evicted",
+        "groups",
+        1,
+        "prefix groups that had been computed, were asked for again, and were no longer cached",
+    ),
+    (
+        "tpot_ms",
+        "ms",
+        2,
+        "time per output token: (last token - first token) / (output tokens - 1) of a request",
+    ),
+    (
+        "wait_ms",
+        "ms",
+        2,
+        "from being queued to the launch of the first forward pass with the request in it (probe)",
+    ),
+    (
+        "service_order",
+        "",
+        0,
+        "place of the request in the order of service, by the first pass that it was part of (probe)",
+    ),
+    (
+        "same_answer",
+        "",
+        3,
+        "share of requests whose answer is the same text as that of the first variant to the same request",
+    ),
+    ("retractions", "", 0, "how often the request was put back into the queue because the KV pool was full"),
+    ("completion_tokens", "tokens", 0, "length of the answer"),
+    ("received_s", "s", 3, "when the request arrived, from the first one on"),
+    (
+        "output_tokens_per_s",
+        "tokens/s",
+        1,
+        "generated tokens over the time from the first request's arrival to the last one's end",
+    ),
+    ("total_tokens_per_s", "tokens/s", 0, "the same of prompt and generated tokens together"),
+    ("requests_per_s", "1/s", 2, "requests over the same time"),
+    ("duration_s", "s", 2, "how long the client program ran"),
+    ("generated_tokens", "tokens", 0, "output tokens that the server counted"),
+    ("retracted_requests", "requests", 1, "requests put back into the queue because the KV pool was full"),
+    ("pool_tokens", "tokens", 0, "size of the KV pool"),
+    ("prefill_passes", "passes", 0, "forward passes that computed prompts"),
+    ("decode_passes", "passes", 0, "forward passes that made one token for each running request"),
+    (
+        "joined_passes",
+        "passes",
+        0,
+        "prefill passes of requests that joined others that were being decoded: continuous batching",
+    ),
+    (
+        "left_passes",
+        "passes",
+        0,
+        "decode passes with fewer requests than the one before: requests left while others went on",
+    ),
+    (
+        "alternations",
+        "passes",
+        0,
+        "prefill passes directly after a decode pass: how often the two interleaved",
+    ),
+    ("running_max", "requests", 0, "largest decode batch"),
+    ("running_mean", "requests", 2, "mean size of decode batches"),
+    ("waiting_max", "requests", 0, "longest queue after a batch was formed"),
+    (
+        "gap_share",
+        "",
+        3,
+        "share of the busy time between passes: neither side of a gap had nothing to do (scheduler's clock)",
+    ),
+    (
+        "late_share",
+        "",
+        3,
+        "share of passes whose result was processed after the next pass had been launched: the overlap scheduler",
+    ),
+    ("form_share", "", 4, "time spent forming batches over the busy time"),
+    ("kv_used_max", "tokens", 0, "most KV slots in use, neither free nor evictable"),
+    ("kv_used_share_max", "", 3, "the same as a share of the pool"),
+    ("slots_used_max", "requests", 0, "most rows of the request table in use (ReqToToken)"),
+    ("retraction_passes", "times", 1, "how often running requests were retracted"),
+    ("freed_tokens", "tokens", 0, "KV slots that retraction freed"),
+    ("asked_waiting_max", "requests", 0, "longest queue that was ordered by the policy that was asked for"),
+    (
+        "fallback_waiting_min",
+        "requests",
+        0,
+        "shortest queue that was ordered by another policy than the one asked for",
+    ),
+    ("order_kept", "", 3, "share of neighbours in the order of service that arrived in that order"),
+    ("group_switches", "times", 0, "how often the prefix group changed from one request served to the next"),
+    ("stored_tokens", "tokens", 0, "tokens by which the radix tree grew during the load"),
+    (
+        "held_tokens",
+        "tokens",
+        0,
+        "prompt and output tokens of all requests: what caches without sharing would hold",
+    ),
+    ("saved_share", "", 3, "1 - stored_tokens / held_tokens: the memory that sharing saves"),
+    ("tree_tokens_max", "tokens", 0, "largest size of the radix tree"),
+    ("tree_tokens_end", "tokens", 0, "size of the radix tree after the load's last insertion"),
+    ("nodes_evicted", "nodes", 0, "nodes of the radix tree that were evicted"),
+    (
+        "evicted_old_first",
+        "",
+        3,
+        "share of neighbours in an eviction of which the one used less recently went first",
+    ),
+    ("form_ms", "ms", 3, "time to form a batch (`get_next_batch_to_run`)"),
+    (
+        "run_ms",
+        "ms",
+        2,
+        "time of the call that runs a batch; on a GPU that is the launch, on a CPU the whole forward pass",
+    ),
+    ("process_ms", "ms", 3, "time to process a batch's result"),
+    (
+        "gap_ms",
+        "ms",
+        3,
+        "from the end of a pass to the launch of the next, where the scheduler had work throughout",
+    ),
+    ("late", "", 2, "1 when a pass's result was processed after the next pass had been launched"),
+    ("requests", "requests", 1, "requests in a batch"),
+    ("new_tokens", "tokens", 0, "tokens computed in a pass"),
+    ("running", "requests", 1, "requests in the running batch"),
+    ("waiting", "requests", 1, "requests in the queue after the batch was formed"),
+    ("kv_used", "tokens", 0, "KV slots in use"),
+    ("kv_free", "tokens", 0, "KV slots free"),
+    ("kv_evictable", "tokens", 0, "KV slots held by the tree for nobody in particular"),
+    ("slots_used", "requests", 0, "rows of the request table in use"),
+)
+
 METRICS = {
-    m.column: m
-    for m in (
-        Metric(
-            column="ttft_ms",
-            unit="ms",
-            means="time to first token: from the client sending the request to the first streamed token",
-        ),
-        Metric(
-            column="itl_ms",
-            unit="ms",
-            means="inter-token latency: the request's median gap between streamed tokens",
-            decimals=2,
-        ),
-        Metric(column="e2e_ms", unit="ms", means="from the client sending the request to its last token"),
-        Metric(
-            column="queue_ms", unit="ms", means="time the request waited in the server's queue", decimals=2
-        ),
-        Metric(
-            column="server_ttft_ms",
-            unit="ms",
-            means="time to first token by the server's own clock (first_token_latency)",
-        ),
-        Metric(
-            column="prompt_tokens", unit="tokens", means="prompt length as the server counted it", decimals=0
-        ),
-        Metric(
-            column="cached_tokens",
-            unit="tokens",
-            means="prompt tokens whose KV entries were found in the radix cache",
-            decimals=0,
-        ),
-        Metric(
-            column="cached_share", unit="", means="cached_tokens / prompt_tokens of a request", decimals=3
-        ),
-        Metric(
-            column="hit_rate",
-            unit="",
-            means="cached over prompt tokens of all requests of a load",
-            decimals=3,
-        ),
-        Metric(
-            column="predicted_hit_rate",
-            unit="",
-            means="the hit rate an unbounded cache would show, computed from the prompts that were sent",
-            decimals=3,
-        ),
-        Metric(
-            column="hit_rate_lost",
-            unit="",
-            means="predicted_hit_rate - hit_rate: what eviction took",
-            decimals=3,
-        ),
-        Metric(
-            column="lru_hit_rate",
-            unit="",
-            means="the hit rate of a model cache of the pool's size that evicts least recently used leaves (lab/lru.py)",
-            decimals=3,
-        ),
-        Metric(
-            column="lru_agreement",
-            unit="",
-            means="share of repeated prefixes for which that model and the server agree on found or evicted",
-            decimals=3,
-        ),
-        Metric(
-            column="evicted_tokens",
-            unit="tokens",
-            means="KV slots freed by eviction during the load (sglang:evicted_tokens_total)",
-            decimals=0,
-        ),
-        Metric(
-            column="groups_evicted",
-            unit="groups",
-            means="prefix groups that had been computed, were asked for again, and were no longer cached",
-            decimals=1,
-        ),
-    )
+    column: Metric(column=column, unit=unit, means=means, decimals=decimals)
+    for column, unit, decimals, means in _TABLE
 }

@@ -1,33 +1,24 @@
-"""The plan: everything that will be done, resolved before anything starts. Pure functions, no clock, no disk
+"""The plan: everything that will be done, resolved before anything starts, as data. Pure functions, no clock, no disk
 (but for `read_plan`).
 
-`make_plan` turns experiment, stack, model and site into a `Plan`; `to_json`/`from_json` store it, and
+`planning.make_plan` makes a `Plan`; `to_json`/`from_json` store it, and
 `commands.py` writes it as a shell script. Paths and numbers that only a machine or a running trial knows stand in argv
 as `${NAME}` placeholders, the same in plan.json and in the script; `Plan.places` gives those of the machine."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
-from lab.claims import Claim
+from lab.claims import Capability, Claim
 from lab.container import Setup
-from lab.dialect import Dialect, get_dialect
 from lab.errors import LabError
-from lab.experiment import Experiment, Source
-from lab.models import Model
-from lab.rundir import SCHEMA, Run, refuse_newer
-from lab.seats import Seat
-from lab.servable import left_out_of, without
-from lab.site import Site
-from lab.stack import Stack
-from lab.told import COMMON_ENV, gpu_env
-from lab.workload import Workload
+from lab.experiment import Probe
+from lab.rundir import Run, refuse_newer
+from lab.site import Scale
 
 PLACEHOLDERS = {
     "STACK": "folder of the built software stack",
@@ -64,7 +55,8 @@ class LoadStep:
 
     `hit_rate` is cached over prompt tokens with an unbounded cache (0..1); `working_set_tokens` against the
     pool tells whether eviction is expected; `output_tokens` is the length of every answer (None in plans of
-    before it was noted).
+    before it was noted). `scaled` says what is smaller here than in the experiment's file;
+    `eviction` is how the server's tree chooses what to forget.
     """
 
     name: str
@@ -77,6 +69,8 @@ class LoadStep:
     hit_rate: float
     working_set_tokens: int
     output_tokens: int | None = None
+    scaled: str = ""
+    eviction: str = "lru"
 
     @property
     def one_by_one(self) -> bool:
@@ -103,7 +97,10 @@ class Trial:
 class Plan:
     """An experiment resolved for a site, a stack and a model. Seconds in the deadlines.
 
-    `left_out` are variants that this SGLang cannot serve, with the reasons; a file without any lacks the key.
+    `left_out` are variants that this SGLang or this machine cannot serve, with the reasons; a file without any lacks the
+    key. `scale` is "small" where loads with small numbers took those, `probe` how much is written down
+    inside the servers. `variants` are those that run, in the experiment's order: the first one's answers are what
+    the others' are compared with.
     """
 
     schema: int
@@ -117,7 +114,7 @@ class Plan:
     model_sha256: str
     site: str
     runtime: str
-    capabilities: tuple[str, ...]
+    capabilities: tuple[Capability, ...]
     repeats: int
     seed: int
     port: int
@@ -130,137 +127,9 @@ class Plan:
     claims: tuple[Claim, ...]
     containers: Setup | None = None
     left_out: dict[str, str] = field(default_factory=dict)
-
-
-def make_plan(
-    source: Source,
-    *,
-    stack: Stack,
-    model: Model,
-    model_sha256: str,
-    site: Site,
-    places: dict[str, str],
-    containers: Setup | None = None,
-    seats: Mapping[str, Seat] | None = None,
-    repeats: int | None = None,
-    seed: int = 1,
-) -> Plan:
-    """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`.
-
-    `containers` is what the containers share where the site's runtime is docker; `seats` says where each variant
-    sits, without it nothing is bound but the site's CPUs.
-    """
-    experiment = source.experiment
-    count = experiment.repeats if repeats is None else repeats
-    if not 1 <= count <= 100:
-        raise LabError(
-            f"--repeats {count} makes no sense",
-            why="each repeat is a trial of every variant",
-            fix="use 1 to 100",
-        )
-    dialect = get_dialect(stack.dialect)
-    left_out = left_out_of(experiment, stack=stack, dialect=dialect)
-    return Plan(
-        schema=SCHEMA,
-        experiment=experiment.name,
-        question=experiment.question,
-        experiment_sha256=source.sha256,
-        stack=stack.name,
-        stack_lock=stack.lock_hash,
-        sglang=stack.sglang,
-        model=model.name,
-        model_sha256=model_sha256,
-        site=site.name,
-        runtime=site.runtime,
-        capabilities=site.capabilities,
-        repeats=count,
-        seed=seed,
-        port=site.port,
-        ready_s=site.ready_s,
-        load_s=site.load_s,
-        stop_s=site.stop_s,
-        places=places,
-        preload=dialect.preload,
-        trials=_trials(
-            without(experiment, left_out), stack=stack, site=site, seats=seats, repeats=count, seed=seed
-        ),
-        claims=experiment.claims,
-        containers=containers,
-        left_out=left_out,
-    )
-
-
-def _trials(
-    experiment: Experiment,
-    *,
-    stack: Stack,
-    site: Site,
-    seats: Mapping[str, Seat] | None,
-    repeats: int,
-    seed: int,
-) -> tuple[Trial, ...]:
-    dialect = get_dialect(stack.dialect)
-    draw = random.Random(seed)  # noqa: S311  an order of trials, not a secret
-    trials: list[Trial] = []
-    # In a container the loopback is the container's own, and the engine leads the host's loopback to its port.
-    listen = "0.0.0.0" if site.runtime == "docker" else "127.0.0.1"  # noqa: S104
-    for repeat in range(repeats):
-        for variant in draw.sample(experiment.variants, k=len(experiment.variants)):
-            argv = (
-                *("${STACK}/bin/python", "-m", "sglang.launch_server", "--model-path", "${MODEL}"),
-                *("--host", listen, "--port", "${PORT}"),
-                *(*stack.server_args, *stack.observe_args, *experiment.server, *variant.args),
-            )
-            env = (*COMMON_ENV, *stack.env)
-            seat = seats[variant.name] if seats is not None else _unseated(site)
-            cache_on = "--disable-radix-cache" not in argv
-            trials.append(
-                Trial(
-                    index=len(trials),
-                    name=f"{len(trials):03d}-{variant.name}-r{repeat}",
-                    variant=variant.name,
-                    repeat=repeat,
-                    server=Process(
-                        argv=argv,
-                        env=(*env, *dialect.server_env, *gpu_env(seat.gpus)),
-                        cpus=seat.server_cpus,
-                        mems=seat.server_mems,
-                        gpus=seat.gpus,
-                    ),
-                    client=Process(
-                        argv=("${STACK}/bin/python",),
-                        env=(*env, *gpu_env(())),
-                        cpus=seat.client_cpus,
-                        mems=seat.client_mems,
-                    ),
-                    placed=seat.reason,
-                    sampler_cpus=seat.sampler_cpus,
-                    loads=tuple(
-                        _step(load, repeat=repeat, cache_on=cache_on, dialect=dialect)
-                        for load in experiment.loads_of(variant.name)
-                    ),
-                )
-            )
-    return tuple(trials)
-
-
-def _unseated(site: Site) -> Seat:
-    return Seat(server_cpus=site.server_cpus, client_cpus=site.client_cpus)
-
-
-def _step(load: Workload, *, repeat: int, cache_on: bool, dialect: Dialect) -> LoadStep:
-    return LoadStep(
-        name=load.name,
-        dataset=load.dataset,
-        role=load.role,
-        argv=dialect.client(load.argv(repeat)),
-        requests=load.requests(),
-        concurrency=load.concurrency,
-        rate_per_s=load.rate_per_s,
-        hit_rate=load.hit_rate(cache_on=cache_on),
-        working_set_tokens=load.working_set_tokens(),
-        output_tokens=load.output_tokens,
-    )
+    scale: Scale = "full"
+    probe: Probe = "off"
+    variants: tuple[str, ...] = ()
 
 
 def fill(text: str, values: dict[str, str]) -> str:

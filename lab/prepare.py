@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lab import places
 from lab.boxes import PLACES, Names
+from lab.claims import Capability
 from lab.container import STACK, Container, Mount, Setup
 from lab.errors import LabError, unknown_name
 from lab.hardware.model import Hardware
@@ -62,7 +63,12 @@ def resolve(
     name, reason, engine = _choose(site, asked=runtime, dry_run=dry_run)
     here = stack.device == "cuda" and not dry_run
     used = busy(read_use([gpu.uuid for gpu in hardware.gpus])) if here else {}
-    site = replace(site, runtime=name, reasons=(f"runtime {name}: {reason}", *site.reasons))
+    site = replace(
+        site,
+        runtime=name,
+        capabilities=capabilities(site, stack=stack, hardware=hardware),
+        reasons=(f"runtime {name}: {reason}", *site.reasons),
+    )
     cache = places.cache()
     jit = cache / "jit" / f"{stack.name}-{stack.lock_hash[:12]}"
     model_folder = model.path or cache / "models" / f"{model.name}-{model.sha256[:12]}"
@@ -104,6 +110,19 @@ def resolve(
         engine=engine,
         insisted=insisted,
     )
+
+
+def capabilities(site: Site, *, stack: Stack, hardware: Hardware) -> tuple[Capability, ...]:
+    """What claims and variants may count on: what the site's file says, and GPUs and NVLink where a server uses them.
+
+    Profilers are not among it: nothing runs them yet.
+    """
+    found: set[Capability] = set(site.capabilities)
+    if stack.device == "cuda" and hardware.gpus:
+        found.add("gpu")
+        if any(link.nvlinks for link in hardware.links):
+            found.add("nvlink")
+    return tuple(sorted(found))
 
 
 def _choose(site: Site, *, asked: str, dry_run: bool) -> tuple[str, str, Engine | None]:

@@ -120,6 +120,11 @@ class TrialFiles:
         return self.path / "sampler.log"
 
     @property
+    def events(self) -> Path:
+        """Folder with what the probe wrote, a file for each rank."""
+        return self.path / "events"
+
+    @property
     def export(self) -> Path:
         """Folder with the server's own record of each request."""
         return self.path / "export"

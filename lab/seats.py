@@ -20,7 +20,10 @@ TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """A variant's place. `gpus` are UUIDs in the order of ranks; empty CPU and node sets mean: not bound."""
+    """A variant's place. `gpus` are UUIDs in the order of ranks; empty CPU and node sets mean: not bound.
+
+    `rank_cpus` are the CPUs of each rank of a server with several ranks and no GPU.
+    """
 
     gpus: tuple[str, ...] = ()
     server_cpus: tuple[int, ...] = ()
@@ -28,6 +31,7 @@ class Seat:
     client_cpus: tuple[int, ...] = ()
     client_mems: tuple[int, ...] = ()
     sampler_cpus: tuple[int, ...] = ()
+    rank_cpus: tuple[tuple[int, ...], ...] = ()
     reason: str = ""
 
 
@@ -83,9 +87,55 @@ def seats(
         )
         for variant in experiment.variants
     }
+    if stack.device == "cpu":
+        found = {
+            name: replace(seat, rank_cpus=_shares(seat.server_cpus or hardware.cpus_allowed, ranks[name]))
+            for name, seat in found.items()
+        }
     if bind:
         return found
     return {name: replace(seat, server_mems=(), client_mems=()) for name, seat in found.items()}
+
+
+def unseated(
+    experiment: Experiment,
+    *,
+    stack: Stack,
+    site: Site,
+    hardware: Hardware,
+    asked: Sequence[str] = (),
+    busy: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The variants that have no place on this machine, with the reasons: too few GPUs, no two joined as they must be.
+
+    Raises the first `LabError` when that are all of them.
+    """
+    reasons: dict[str, str] = {}
+    errors: list[LabError] = []
+    for variant in experiment.variants:
+        try:
+            seats(
+                replace(experiment, variants=(variant,)),
+                stack=stack,
+                site=site,
+                hardware=hardware,
+                asked=asked[: tensor_parallel((*stack.server_args, *experiment.server, *variant.args))],
+                busy=busy,
+            )
+        except LabError as error:
+            errors.append(error)
+            reasons[variant.name] = f"{error.problem} ({error.why})" if error.why else error.problem
+    if errors and len(errors) == len(experiment.variants):
+        raise errors[0]
+    return reasons
+
+
+def _shares(cpus: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """The CPUs in `ranks` parts of the same size, in order; ranks share CPUs where there are fewer than ranks."""
+    if ranks < 2:
+        return ()
+    each = max(1, len(cpus) // ranks)
+    return tuple(tuple(cpus[(i * each + k) % len(cpus)] for k in range(each)) for i in range(ranks))
 
 
 def _seat(

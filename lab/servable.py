@@ -1,5 +1,5 @@
-"""What of an experiment a stack's release of SGLang can do: in go experiment, stack and dialect, out come the variants
-that are left out, each with the reason, or a `LabError` when nothing is left to run."""
+"""What of an experiment a stack's release of SGLang and a machine can do: in go experiment, stack, dialect and what the
+machine has, out come the variants that are left out, each with the reason, or a `LabError` when nothing is left to run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from lab.experiment import Experiment
 from lab.stack import Stack
 
 
-def left_out_of(experiment: Experiment, *, stack: Stack, dialect: Dialect) -> dict[str, str]:
-    """The variants whose server arguments this release refuses, with the reasons.
+def left_out_of(
+    experiment: Experiment, *, stack: Stack, dialect: Dialect, capabilities: Collection[str] = ()
+) -> dict[str, str]:
+    """The variants whose server arguments this release refuses, or that need what is absent, with the reasons.
 
     `LabError` when that are all of them, or when it has no program for one of the loads.
     """
@@ -23,6 +25,9 @@ def left_out_of(experiment: Experiment, *, stack: Stack, dialect: Dialect) -> di
         for variant in experiment.variants
         if (refused := dialect.refused((*experiment.server, *variant.args), device=stack.device))
     }
+    for variant in experiment.variants:
+        if lacking := [need for need in variant.needs if need not in capabilities]:
+            reasons[variant.name] = f"this machine has no {', '.join(lacking)}"
     if len(reasons) == len(experiment.variants):
         raise _cannot(experiment, stack=stack, why="; ".join(dict.fromkeys(reasons.values())))
     for load in experiment.loads:

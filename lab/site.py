@@ -9,7 +9,7 @@ import os
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from lab.claims import Capability
 from lab.errors import LabError, unknown_name
@@ -17,6 +17,8 @@ from lab.errors import LabError, unknown_name
 RUNTIMES = ("process", "docker")
 SCHEDULERS = ("here",)
 CAPABILITIES: tuple[str, ...] = get_args(Capability)
+Scale = Literal["full", "small"]
+SCALES: tuple[str, ...] = get_args(Scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +27,20 @@ class Site:
 
     `runtime` is empty where the machine decides (`lab.prepare`). `gpus` are indices or UUIDs, in the order of
     ranks; `server_mems` and `client_mems` NUMA nodes. `shm_gb` and `memory_gb` (the server's limit, None for
-    none) are for containers. `port` 0 means a free one, chosen when a trial starts. `reasons` says why each
-    detected value was taken.
+    none) are for containers. `scale` is which numbers loads take that have small ones too, empty where the stack
+    decides. `port` 0 means a free one, chosen when a trial starts. `reasons` says why each detected value was taken.
     """
 
     name: str
     runtime: str = ""
     scheduler: str = "here"
-    capabilities: tuple[str, ...] = ()
+    capabilities: tuple[Capability, ...] = ()
     server_cpus: tuple[int, ...] = ()
     client_cpus: tuple[int, ...] = ()
     server_mems: tuple[int, ...] = ()
     client_mems: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
+    scale: Scale | Literal[""] = ""
     shm_gb: float = 4.0
     memory_gb: float | None = None
     port: int = 0
@@ -107,6 +110,7 @@ def _from_table(table: dict[str, object], *, where: str) -> Site:
     site = Site(**values)  # type: ignore[arg-type]  # every key and type was checked just above
     for kind, name, names in (
         *((("runtime", site.runtime, RUNTIMES),) if site.runtime else ()),
+        *((("scale", site.scale, SCALES),) if site.scale else ()),
         ("scheduler", site.scheduler, SCHEDULERS),
         *(("capability", name, CAPABILITIES) for name in site.capabilities),
     ):

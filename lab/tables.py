@@ -1,8 +1,9 @@
 """A run's raw files as tidy tables, one CSV each under tables/: trials, loads, requests, batches, metrics,
-groups, checks. Reads only the run directory; the same raw files always give the same tables."""
+forwards, groups, checks. Reads only the run directory; the same raw files always give the same tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -12,11 +13,13 @@ from pyarrow import csv
 
 from lab.dialect import Dialect, dialect_of
 from lab.errors import LabError
+from lab.forwards import FORWARD_COLUMNS
 from lab.gpurows import COLUMNS as GPU_COLUMNS
 from lab.gpurows import machine_of, read_gpus
 from lab.hardware.model import Hardware
 from lab.loads import KEYS, LOAD_COLUMNS, METRIC_COLUMNS, Row, group_table, keys_of, read_load
-from lab.plan import Trial, read_plan
+from lab.plan import Plan, Trial, read_plan
+from lab.probed import read_probe
 from lab.read import serverlog
 from lab.read.requestecho import Echo, Tokens, read_echo
 from lab.read.requestlog import COLUMNS
@@ -24,7 +27,7 @@ from lab.read.serverrecords import read_export
 from lab.rundir import Run, TrialFiles, read_json
 from lab.validity import Check, load_checks, server_arguments
 
-TABLES = ("trials", "loads", "requests", "batches", "metrics", "groups", "checks")
+TABLES = ("trials", "loads", "requests", "batches", "forwards", "metrics", "groups", "checks")
 DECIMALS = 6  # of every number in a CSV; a millisecond to the nanosecond, a share to a millionth
 
 
@@ -36,12 +39,13 @@ class Rows:
     loads: list[Row] = field(default_factory=list)
     requests: list[pd.DataFrame] = field(default_factory=list)
     batches: list[pd.DataFrame] = field(default_factory=list)
+    forwards: list[pd.DataFrame] = field(default_factory=list)
     metrics: list[Row] = field(default_factory=list)
     checks: list[Row] = field(default_factory=list)
     gpus: list[Row] = field(default_factory=list)
 
     def add(self, other: Rows) -> None:
-        for name in ("trials", "loads", "requests", "batches", "metrics", "checks", "gpus"):
+        for name in ("trials", "loads", "requests", "batches", "forwards", "metrics", "checks", "gpus"):
             getattr(self, name).extend(getattr(other, name))
 
 
@@ -52,13 +56,14 @@ def tabulate(run: Run) -> dict[str, pd.DataFrame]:
     plan = read_plan(run)
     dialect = dialect_of(plan.sglang)
     for trial in plan.trials:
-        rows.add(_trial(run, trial, machine=machine, dialect=dialect))
-    requests = _joined(rows.requests, columns=(*KEYS, *COLUMNS))
+        rows.add(_trial(run, trial, plan=plan, machine=machine, dialect=dialect))
+    requests = same_answers(_joined(rows.requests, columns=(*KEYS, *COLUMNS)), reference=plan.variants[:1])
     tables = {
         "trials": pd.DataFrame(rows.trials),
         "loads": pd.DataFrame(rows.loads, columns=list(LOAD_COLUMNS)),
         "requests": requests,
         "batches": _joined(rows.batches, columns=("trial", "load", *serverlog.BATCH_COLUMNS)),
+        "forwards": _joined(rows.forwards, columns=(*KEYS, *FORWARD_COLUMNS)),
         "metrics": pd.DataFrame(rows.metrics, columns=list(METRIC_COLUMNS)),
         "groups": group_table(requests),
         "checks": pd.DataFrame(rows.checks, columns=["trial", "load", "name", "ok", "detail"]),
@@ -107,7 +112,20 @@ def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else str(value)
 
 
-def _trial(run: Run, trial: Trial, *, machine: Hardware | None, dialect: Dialect) -> Rows:
+def same_answers(requests: pd.DataFrame, *, reference: tuple[str, ...]) -> pd.DataFrame:
+    """The requests with `same_answer` in place of `text`: 1 where the answer is that of the same request (repeat, load,
+    order sent) to the reference variant, else 0; empty for the reference itself and where it has no such request."""
+    if "text" not in requests.columns:
+        return requests
+    keys = ["repeat", "load", "order"]
+    own = requests["variant"].isin(reference)
+    wanted = requests[own].set_index(keys)["text"]
+    asked = wanted.reindex(pd.MultiIndex.from_frame(requests[keys])).to_numpy()
+    same = pd.Series(requests["text"].to_numpy() == asked, index=requests.index).astype(float)
+    return requests.drop(columns="text").assign(same_answer=same.where(~own & pd.notna(asked)))
+
+
+def _trial(run: Run, trial: Trial, *, plan: Plan, machine: Hardware | None, dialect: Dialect) -> Rows:
     """All rows of a trial. One that failed half-way keeps what can be read."""
     files = run.trial(trial.name)
     row: Row = {"trial": trial.name, "variant": trial.variant, "repeat": trial.repeat}
@@ -121,7 +139,7 @@ def _trial(run: Run, trial: Trial, *, machine: Hardware | None, dialect: Dialect
             reason = f"{status.get('phase')}: the lab was killed during this trial"
         return Rows(trials=[row | _state("failed", "failed", reason)])
     try:
-        rows, state = _measured(trial, files, status, machine=machine, dialect=dialect)
+        rows, state = _measured(trial, files, status, plan=plan, machine=machine, dialect=dialect)
     except LabError as error:  # a file that cannot be read costs its trial, not the report on the others
         what = error.problem.replace(f"{run.path}/", "")
         return Rows(trials=[row | _state("ok", "invalid", what) | {"unreadable": what}])
@@ -134,6 +152,7 @@ def _measured(
     files: TrialFiles,
     status: dict[str, object],
     *,
+    plan: Plan,
     machine: Hardware | None,
     dialect: Dialect,
 ) -> tuple[Rows, Row]:
@@ -146,7 +165,10 @@ def _measured(
     log = serverlog.read(files.server_log)
     windows = {step.name: _window(files, step.name) for step in trial.loads}
     said = _server_records(trial, files, windows, dialect=dialect)
-    unread = said.unread
+    probed = read_probe(files, _served(said.frames, windows), level=plan.probe)
+    passes, followed = probed.forwards(), probed.requests()
+    answers = any(claim.measure.column == "same_answer" for claim in plan.claims)
+    unread = [*said.unread, *probed.notes]
     tokens: dict[str, float] = {}
     for step in trial.loads:
         start, end = windows[step.name]
@@ -154,12 +176,22 @@ def _measured(
             trial,
             step,
             files.load(step.name),
-            server=said.frames[step.name],
+            server=_followed(said.frames[step.name], followed),
             pool_tokens=float(pool) if isinstance(pool, (int, float)) else float("nan"),
             duration_s=end - start,
             dialect=dialect,
             apart=said.apart.get(step.name, Tokens()),
             logged_retractions=_retractions(log, windows[step.name]),
+            answers=answers,
+        )
+        own = passes[passes["load"] == step.name]
+        load.numbers.update(
+            probed.numbers(
+                step.name,
+                own,
+                asked_policy=str(info.get("schedule_policy", "")),
+                pool_tokens=load.numbers["pool_tokens"],
+            )
         )
         rows.loads.append({**keys_of(trial, step), **load.numbers})
         rows.metrics += load.metrics
@@ -168,6 +200,11 @@ def _measured(
             rows.requests.append(load.requests)
         unread += load.notes
         checks += [(step.name, check) for check in load_checks(step, load.numbers, load.requests)]
+        if plan.probe != "off":
+            checks.append((step.name, probed.fits(step.name, load.numbers)))
+    if plan.probe != "off":
+        checks.append(("", probed.in_use()))
+    rows.forwards.append(_with_keys(passes.drop(columns="worked"), trial))
     rows.batches.append(_batches(trial, log, windows))
     seen, found, problems = read_gpus(trial, files, status, windows=windows, tokens=tokens, machine=machine)
     rows.gpus += seen
@@ -180,6 +217,32 @@ def _measured(
     bad = [f"{load + ': ' if load else ''}{c.name}: {c.detail}" for load, c in checks if not c.ok]
     state = _state("ok", "invalid" if bad else "valid", "; ".join(bad))
     return rows, state | {"log_lines": log.lines, "unreadable": "; ".join(unread[:20])}
+
+
+def _served(
+    frames: Mapping[str, pd.DataFrame], windows: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Each load's time as the server saw it: from its first request to the next load's start."""
+    names = sorted(windows, key=lambda name: windows[name][0])
+    nexts = [*(windows[name][0] for name in names[1:]), float("inf")]
+    return {
+        name: (float(frames[name]["received"].min()) if len(frames[name]) else windows[name][0], end)
+        for name, end in zip(names, nexts, strict=True)
+    }
+
+
+def _followed(server: pd.DataFrame, followed: pd.DataFrame | None) -> pd.DataFrame:
+    """The server's records with what the probe saw of each request."""
+    if followed is None or followed.empty:
+        return server
+    return server.merge(followed, on="rid", how="left")
+
+
+def _with_keys(passes: pd.DataFrame, trial: Trial) -> pd.DataFrame:
+    """Rows of one trial with `KEYS` in front."""
+    roles = {step.name: step.role for step in trial.loads}
+    said = passes.assign(trial=trial.name, variant=trial.variant, repeat=trial.repeat)
+    return said.assign(role=passes["load"].map(roles))[[*KEYS, *FORWARD_COLUMNS]]
 
 
 def _server_records(

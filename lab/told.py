@@ -3,6 +3,8 @@ version stands in `lab/dialect.py` and the stack's `stack.toml`."""
 
 from __future__ import annotations
 
+from lab.experiment import Probe
+
 COMMON_ENV = (
     ("HOME", "${SCRATCH}/home"),
     ("TMPDIR", "${SCRATCH}/tmp"),
@@ -22,3 +24,22 @@ COMMON_ENV = (
 def gpu_env(gpus: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """CUDA numbers GPUs by speed unless told otherwise; UUIDs keep the order of ranks, an empty list hides all."""
     return (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("CUDA_VISIBLE_DEVICES", ",".join(gpus)))
+
+
+def rank_env(cpus: tuple[tuple[int, ...], ...]) -> tuple[tuple[str, str], ...]:
+    """The CPUs of each rank of a server on CPUs; without them SGLang starts no more ranks than there are NUMA nodes
+    (`srt/utils/numa_utils.py`, `init_threads_binding`). Nothing for one rank, or for ranks on GPUs."""
+    if len(cpus) < 2:
+        return ()
+    return (("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, own)) for own in cpus)),)
+
+
+def probe_env(level: Probe, *, path: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """What loads the probe into a server (docs/decisions/0011-probe.md); `path` is the release's way in."""
+    if level == "off":
+        return ()
+    return (
+        ("PYTHONPATH", ":".join(path)),
+        ("LAB_PROBE_DIR", "${TRIAL}/events"),
+        ("LAB_PROBE_LEVEL", level),
+    )

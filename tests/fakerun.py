@@ -14,7 +14,8 @@ from pathlib import Path
 from lab import commands
 from lab.experiment import Source, load_experiment
 from lab.models import get_model
-from lab.plan import LoadStep, Plan, Trial, make_plan, to_json
+from lab.plan import LoadStep, Plan, Trial, to_json
+from lab.planning import make_plan
 from lab.rundir import LoadFiles, Run, write_json, write_text
 from lab.site import Site
 from lab.stack import Needs, Stack

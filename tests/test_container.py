@@ -32,7 +32,8 @@ from lab.container import (
 )
 from lab.experiment import load_experiment
 from lab.models import get_model
-from lab.plan import Plan, Process, make_plan
+from lab.plan import Plan, Process
+from lab.planning import make_plan
 from lab.runtime.engine import Engine, connect
 from lab.seats import seats
 from lab.site import Site

@@ -21,7 +21,8 @@ from lab.dialect import DIALECTS, Dialect, dialect_of, get_dialect
 from lab.errors import LabError
 from lab.experiment import Experiment, load_experiment
 from lab.models import get_model
-from lab.plan import Plan, fill, from_json, make_plan, to_json
+from lab.plan import Plan, fill, from_json, to_json
+from lab.planning import make_plan
 from lab.servable import left_out_of
 from lab.site import Site
 from lab.stack import Stack, list_stacks, load_stack

@@ -39,7 +39,10 @@ def requests(count: int = 4) -> pd.DataFrame:
     cached = np.where(later, 80.0, 0.0)
     return pd.DataFrame(
         {
+            "group": 0,
             "group_order": np.arange(count),
+            "retractions": 0,
+            "service_order": np.nan,
             "prompt_tokens": 100.0,
             "completion_tokens": 16.0,
             "cached_tokens": cached,

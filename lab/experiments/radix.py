@@ -116,6 +116,8 @@ no queue in it, and the order of cache accesses is known.""",
             comparable="no: other systems, GPUs and programs",
         ),
     ),
+    probe="cache",
+    pictures=("ttft", "cached-share", "eviction", "tree", "pools"),
     try_next=(
         "Raise `POOL_TOKENS` in `lab/experiments/radix.py` to 32768 and run again: eviction should vanish from `pressure`.",
         "Set `concurrency=4` on `shared`: requests of one group that arrive together cannot hit what none of them has finished computing.",

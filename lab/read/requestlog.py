@@ -23,7 +23,7 @@ COLUMNS = (
     *("order", "group", "group_order", "prompt_tokens", "completion_tokens", "cached_tokens"),
     *("cached_share", "predicted_share", "lru_share", "ttft_ms", "itl_ms", "e2e_ms"),
     *("server_ttft_ms", "server_e2e_ms", "queue_ms", "received_s", "retractions"),
-    *("success", "error", "joined"),
+    *("success", "error", "joined", "tpot_ms", "wait_ms", "service_order"),
 )
 
 
@@ -128,7 +128,15 @@ def _finish(merged: pd.DataFrame) -> pd.DataFrame:
     merged["received_s"] = merged["received"] - merged["received"].min()
     merged["order"] = np.arange(len(merged))
     merged["lru_share"] = merged["predicted_share"]
-    return merged[list(COLUMNS)]
+    gaps = (merged["completion_tokens"].astype(float) - 1).clip(lower=0)
+    merged["tpot_ms"] = (merged["e2e_ms"] - merged["ttft_ms"]) / gaps.where(gaps > 0)
+    if "scheduled_s" in merged.columns:
+        merged["service_order"] = merged["scheduled_s"].rank(method="first") - 1
+        merged["retractions"] = merged["retractions"].fillna(merged["probe_retractions"])
+    else:
+        merged["wait_ms"] = merged["service_order"] = np.nan
+    texts = merged[["answer"]].rename(columns={"answer": "text"}) if "answer" in merged.columns else None
+    return pd.concat([merged[list(COLUMNS)], texts], axis=1) if texts is not None else merged[list(COLUMNS)]
 
 
 def _same_tokens(client: pd.DataFrame, server: pd.DataFrame) -> bool:

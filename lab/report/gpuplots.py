@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lab.plan import Plan, Trial
-from lab.report.plots import COLOURS, INK, STYLE
+from lab.report.style import COLOURS, INK, STYLE
 from lab.rundir import Run, TrialFiles, read_json
 
 POINTS = 900  # of a line; a picture is not wider in pixels

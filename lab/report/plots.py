@@ -1,13 +1,10 @@
-"""The report's pictures. In go tables, out come PNG files; a picture whose data are missing is not made.
+"""Pictures of what clients saw and of the cache, from the table of requests; in go rows of usable trials, out come
+figures, None where there is nothing to show.
 
 Every point is something that was measured: small points are requests, large ones a trial's median."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,57 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab.loads import lost
-
-mpl.use("Agg")
-
-INK = "#1f2933"
-GRID = "#d9dee3"
-COLOURS = ("#2563a8", "#d1762c", "#3a8f5c", "#8a4fa3", "#c2a01e", "#6b7280", "#2a9d9d", "#b56a8f")
-LOST = "#b3373f"
-
-STYLE = {
-    "figure.dpi": 110,
-    "font.size": 9.5,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
-
-
-def draw_all(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[str, ...]:
-    """Draw what the valid trials allow; returns the names of the files made, in the report's order."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    usable = tables["trials"].loc[tables["trials"]["validity"] == "valid", "trial"]
-    requests = tables["requests"]
-    requests = requests[requests["trial"].isin(usable) & (requests["role"] == "measure")]
-    if requests.empty:
-        return ()
-    with mpl.rc_context(STYLE):
-        pictures = {
-            "ttft.png": ttft(requests),
-            "cached-share.png": cached_share(requests),
-            "eviction.png": eviction(requests),
-        }
-        made = []
-        for name, figure in pictures.items():
-            if figure is not None:
-                figure.savefig(folder / name, bbox_inches="tight", metadata={"Software": None})
-                plt.close(figure)
-                made.append(name)
-    return tuple(made)
+from lab.report.style import COLOURS, INK, LOST
 
 
 def ttft(requests: pd.DataFrame) -> Figure | None:

@@ -12,26 +12,24 @@ import pandas as pd
 
 from lab.claims import Measure, Verdict
 from lab.dialect import dialect_of
-from lab.experiment import Experiment, load_file
+from lab.experiment import Experiment, Picture, load_file
 from lab.gpurows import UNTESTED
 from lab.hardware.sysfs import format_list
 from lab.judge import judge, samples
-from lab.metrics import METRICS
+from lab.metrics import METRICS, Metric
 from lab.plan import Plan, read_plan
+from lab.probed import absent_columns
 from lab.report.gpusection import GpuSection, gpu_section
 from lab.report.numbers import Number, number
-from lab.report.plots import draw_all
+from lab.report.pictures import DRAWINGS, draw_all
 from lab.rundir import Run, read_json, write_json, write_text
 from lab.tables import tabulate
 
-PICTURES = {
-    "ttft.png": "Time to first token, for the first request of each prefix and for later ones. "
-    "Small points are requests, large points the median of each trial.",
-    "cached-share.png": "How much of each prompt came from the cache, request by request in the order sent "
-    "(first repeat). The dash is what a cache that never forgets would have served.",
-    "eviction.png": "What the small pool forgot: each point is a request for a prefix. Below, prompt tokens served from "
-    "the cache and prefix tokens that had to be computed again, added up over the load.",
-}
+# What only a profiler on a GPU tells; the lab runs none yet.
+PROFILED = dict.fromkeys(
+    ("attention_share", "kernel_names_shared", "launch_us_median", "comm_share", "sm_share"),
+    "the lab runs no GPU profiler yet",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +44,12 @@ def analyse(run: Run) -> Analysis:
     """Rebuild every derived file of the run."""
     plan = read_plan(run)
     tables = tabulate(run)
-    absent = {**dict(dialect_of(plan.sglang).silent), **plan.left_out}
+    silent = dict(dialect_of(plan.sglang).silent)
+    absent = {**PROFILED, **absent_columns(plan, tables["checks"]), **silent, **plan.left_out}
     verdicts = judge(plan.claims, tables, capabilities=plan.capabilities, absent=absent)
     write_json(run.verdicts, {"verdicts": [asdict(v) for v in verdicts]})
-    pictures = draw_all(tables, run.plots)
     experiment = load_file(run.experiment)
+    pictures = draw_all(tables, run.plots, names=experiment.pictures)
     gpus = gpu_section(run, plan, experiment, tables)
     write_text(run.report, _markdown(run, plan, experiment, tables, verdicts, pictures, gpus))
     trials = tables["trials"]
@@ -70,7 +69,7 @@ def _markdown(
     experiment: Experiment,
     tables: Mapping[str, pd.DataFrame],
     verdicts: tuple[Verdict, ...],
-    pictures: tuple[str, ...],
+    pictures: tuple[Picture, ...],
     gpus: GpuSection | None,
 ) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -96,9 +95,12 @@ def _markdown(
         numbers=(lines := numbers(experiment, tables)),
         unsteady=any("unsteady" in line.steady for line in lines),
         groups=_group_rows(tables["groups"]),
-        pictures=[(name, PICTURES[name]) for name in pictures],
+        pictures=[(f"{name}.png", DRAWINGS[name].caption) for name in pictures],
         environment=environment,
-        metrics=METRICS,
+        metrics=_explained(experiment),
+        scaled=[(step.name, step.scaled) for step in plan.trials[0].loads if step.scaled]
+        if plan.trials
+        else [],
         loads=_steps(plan),
         gpus=gpus,
         passed=_passed(checks),
@@ -147,29 +149,65 @@ def _steps(plan: Plan) -> list[dict[str, object]]:
 
 
 def numbers(experiment: Experiment, tables: Mapping[str, pd.DataFrame]) -> list[Number]:
-    """Every measured number over the repeats, with its interval and how steady it was."""
+    """Every measured number over the repeats, with its interval and how steady it was: those of every experiment, and
+    those that its claims are about."""
     found = []
     for load in experiment.loads:
         if load.role != "measure":
             continue
-        measures = [
-            Measure(table="requests", load=load.name, column="ttft_ms", rows="first"),
-            Measure(table="requests", load=load.name, column="ttft_ms", rows="later"),
-            Measure(table="requests", load=load.name, column="itl_ms"),
-            *(Measure(table="loads", load=load.name, column=c) for c in LOAD_NUMBERS),
-        ]
-        for measure in measures:
+        for measure in _measures(experiment, load.name):
             for variant in experiment.variants:
                 values = list(samples(measure, variant.name, tables).values())
-                if any(values) or (values and measure.column in ("hit_rate", "ttft_ms")):
+                if any(values) or (values and (measure.column in ALWAYS or measure in _claimed(experiment))):
                     label = measure.label().removesuffix(f" of {load.name}").removesuffix(f" in {load.name}")
                     metric = METRICS[measure.column]
                     found.append(number(values, metric, load=load.name, variant=variant.name, what=label))
     return found
 
 
+def _explained(experiment: Experiment) -> list[Metric]:
+    """The columns that this page has numbers of, and those of every request."""
+    names = [m.column for load in experiment.loads for m in _measures(experiment, load.name)]
+    also = (
+        "e2e_ms",
+        "queue_ms",
+        "server_ttft_ms",
+        "prompt_tokens",
+        "cached_tokens",
+        "cached_share",
+        "hit_rate_lost",
+    )
+    return [metric for metric in METRICS.values() if metric.column in {*names, *also, "lru_agreement"}]
+
+
+def _measures(experiment: Experiment, load: str) -> list[Measure]:
+    common = [
+        Measure(table="requests", load=load, column="ttft_ms", rows="first"),
+        Measure(table="requests", load=load, column="ttft_ms", rows="later"),
+        Measure(table="requests", load=load, column="itl_ms"),
+        *(Measure(table="loads", load=load, column=c) for c in LOAD_NUMBERS),
+    ]
+    claimed = [m for m in _claimed(experiment) if m.load == load and m.column in METRICS]
+    return list(dict.fromkeys((*common, *claimed)))
+
+
+def _claimed(experiment: Experiment) -> list[Measure]:
+    return [m for claim in experiment.claims for m in (claim.measure, claim.base) if m is not None]
+
+
 # Load numbers worth a line; all but the hit rate only where they are not simply zero.
-LOAD_NUMBERS = ("hit_rate", "predicted_hit_rate", "lru_hit_rate", "evicted_tokens", "groups_evicted")
+LOAD_NUMBERS = (
+    *(
+        "output_tokens_per_s",
+        "hit_rate",
+        "predicted_hit_rate",
+        "lru_hit_rate",
+        "evicted_tokens",
+        "groups_evicted",
+    ),
+    *("running_mean", "running_max", "waiting_max", "retracted_requests", "kv_used_share_max"),
+)
+ALWAYS = ("hit_rate", "ttft_ms")
 
 
 def cell(text: object) -> str:
