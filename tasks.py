@@ -41,7 +41,7 @@ def checked(function: Callable[[], int]) -> None:
         raise Exit(code=1) from None
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", 2)  # SIGTERM and SIGHUP arrive as a KeyboardInterrupt that says so
-        raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None
+        raise Exit(f"stopped by {str(error) or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None
     if code:
         raise Exit(code=code)
 

@@ -213,9 +213,10 @@ def announcement(outlook: Outlook) -> str:
     """What is going to be done, in lines for the terminal."""
     seconds = sum(coming.seconds for coming in outlook.coming)
     width = max((len(coming.experiment) for coming in outlook.coming), default=0)
-    lines = [f"{_count(len(outlook.coming))} to run, {minutes(seconds)} in all, cheapest first"]
+    head = f"{_count(len(outlook.coming), 'experiment')} to run, {minutes(seconds)} in all, cheapest first"
+    lines = [head if outlook.coming else "no experiment to run"]
     for coming in outlook.coming:
-        trials = f"{len(coming.plan.trials):3d} trials, {minutes(coming.seconds)}"
+        trials = f"{_count(len(coming.plan.trials), 'trial'):>9}, {minutes(coming.seconds)}"
         more = f"; goes on with run {coming.resume}" if coming.resume else ""
         more += f"; begins anew: {coming.why}" if coming.why else ""
         lines.append(f"  {coming.experiment:<{width}}  {trials}{more}")
@@ -277,5 +278,5 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def _count(number: int) -> str:
-    return f"{number} experiment{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
