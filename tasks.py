@@ -41,7 +41,7 @@ def checked(function: Callable[[], int]) -> None:
         raise Exit(code=1) from None
     except KeyboardInterrupt as error:
         signum = getattr(error, "signum", 2)  # SIGTERM and SIGHUP arrive as a KeyboardInterrupt that says so
-        raise Exit(f"stopped by {error or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None
+        raise Exit(f"stopped by {str(error) or 'Ctrl-C'}; go on with --resume", code=128 + signum) from None
     if code:
         raise Exit(code=code)
 
@@ -53,6 +53,47 @@ def first_line(path: Path) -> str:
     except SyntaxError as error:  # the other commands must still work
         return f"cannot be read: syntax error in line {error.lineno}"
     return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+ALL_HELP = {
+    **{
+        name: RUN_HELP[name]
+        for name in ("repeats", "stack", "model", "site", "runtime", "hardware", "strict")
+    },
+    "dry-run": "say what would be run, and about how long it takes; start nothing",
+    "resume": "go on with the newest series, or with the one named",
+}
+
+
+@task(name="all", optional=["resume"], auto_shortflags=False, help=ALL_HELP)
+def every_experiment(
+    _: Context,
+    repeats: str = "",
+    stack: str = "",
+    model: str = "",
+    site: str = "",
+    runtime: str = "",
+    hardware: str = "",
+    dry_run: bool = False,
+    resume: str = "",
+    strict: bool = False,
+) -> None:
+    """Run all experiments that this machine can run, cheapest first."""
+
+    def body() -> int:
+        from lab import app, conduct, runall
+
+        given = conduct.Asked(
+            stack=stack,
+            model=model,
+            site=site,
+            runtime=runtime,
+            hardware=hardware,
+            repeats=app.whole_number("--repeats", repeats),
+        )
+        return runall.run_all(given, dry_run=dry_run, resume=resume, strict=strict)
+
+    checked(body)
 
 
 def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
@@ -237,12 +278,14 @@ def build_namespace() -> Collection:
     names = {p.stem.replace("_", "-"): p for p in sorted(EXPERIMENTS.glob("*.py")) if p.stem != "__init__"}
     for word in sys.argv[1:]:
         asked = word.removeprefix("exp.")
-        if word.startswith("exp.") and asked not in names:
+        if word.startswith("exp.") and asked not in (*names, "all"):
             from lab.errors import unknown_name
 
-            raise Exit(f"error: {unknown_name('experiment', asked, names)}", code=1)
+            raise Exit(f"error: {unknown_name('experiment', asked, (*names, 'all'))}", code=1)
+    exp.add_task(every_experiment)
     for name, path in names.items():
-        exp.add_task(experiment_task(name, first_line(path)), name=name)
+        if name != "all":  # exp.all refuses such a file
+            exp.add_task(experiment_task(name, first_line(path)), name=name)
     image = Collection("image", image_build, image_list, image_check, image_lock, image_context)
     return Collection(exp, image, doctor, topo, report, runs, clean)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lab import places, scratch
 from lab.claims import Verdict
 from lab.errors import LabError, unknown_name
-from lab.experiment import Experiment
+from lab.experiment import Experiment, experiment_names
 from lab.hardware.detect import detect
 from lab.hardware.model import read_hardware
 from lab.hardware.nvml import busy, read_use
@@ -23,11 +23,12 @@ from lab.runtime.ledger import Ledger
 
 
 def report(run: Run, *, strict: bool = False) -> int:
-    """Rebuild tables, verdicts and report of a run from its raw files, and print the verdicts."""
+    """Rebuild tables, verdicts and report of a run from its raw files and the index of all runs, and print the verdicts."""
     sealed = run.sums.is_file()
     if sealed:
         verify(run)
     plan = read_plan(run)
+    from lab.report.index import write_index
     from lab.report.render import analyse  # pandas and matplotlib, only when they are needed
 
     try:
@@ -46,6 +47,8 @@ def report(run: Run, *, strict: bool = False) -> int:
             f"the run was cut short before it was sealed; go on with: invoke exp.{plan.experiment} --resume"
         )
     print(f"report: {run.report.relative_to(places.ROOT)}")
+    index = write_index(places.RUNS, experiments=experiment_names(places.EXPERIMENTS))
+    print(f"index: {index.relative_to(places.ROOT)}")
     if result.unusable or not sealed:
         return 2
     return 3 if strict and any(v.outcome == "refuted" for v in result.verdicts) else 0

@@ -3,12 +3,11 @@ execute, analyse."""
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -30,7 +29,7 @@ from lab.plan import Plan, read_plan, to_json
 from lab.planning import make_plan
 from lab.prepare import NoImageError, Prepared, make, resolve, without_containers
 from lab.progress import Progress
-from lab.rundir import RUN_DISK_GB, Run, verify, write_json, write_text
+from lab.rundir import RUN_DISK_GB, Run, fresh_name, verify, write_json, write_text
 from lab.runtime.base import Runtime
 from lab.runtime.docker import DockerRuntime, sweep
 from lab.runtime.gpulock import gpus_locked, shared_folder
@@ -75,8 +74,9 @@ def run_experiment(
     explain: bool,
     resume: str | bool | None,
     strict: bool,
+    began: Callable[[Run], None] = lambda run: None,  # noqa: ARG005
 ) -> int:
-    """Plan, execute, analyse and report one experiment."""
+    """Plan, execute, analyse and report one experiment. `began` is told the run once its folder is there."""
     source = load_experiment(name, folder=places.EXPERIMENTS)
     if asked.hardware and not dry_run:
         raise LabError(
@@ -88,8 +88,8 @@ def run_experiment(
         print(explanation(source.experiment))
         return 0
     old = _to_resume(name, resume) if resume else None
-    prepared = _resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
-    plan = _plan(source, prepared, asked)  # made before anything is built, for what it refuses
+    prepared = resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
+    plan = planned(source, prepared, asked)  # made before anything is built, for what it refuses
     if dry_run:
         for reason in prepared.site.reasons:
             print(f"# {reason}", file=sys.stderr)
@@ -97,9 +97,9 @@ def run_experiment(
         return 0
     with Progress() as progress:
         # Whatever can be refused is refused before a build of minutes begins.
-        _check_machine(prepared)
+        check_machine(prepared)
         if old:
-            _check_resumable(*old, source=source, plan=plan, repeats=asked.repeats)
+            check_resumable(*old, source=source, plan=plan, repeats=asked.repeats)
         _sweep(prepared, progress=progress)
         for reason in prepared.site.reasons:
             progress.step(reason)
@@ -110,14 +110,15 @@ def run_experiment(
                 raise
             prepared = without_containers(prepared, error=error)
             progress.step(prepared.site.reasons[0])
-            _check_machine(prepared)
+            check_machine(prepared)
             prepared, software = make(prepared, progress=progress)
         if old:
             run, plan = old
             _check_image(plan, prepared)
         else:
-            plan = _plan(source, prepared, asked)
+            plan = planned(source, prepared, asked)
             run = _new_run(plan, source, prepared=prepared, software=software)
+        began(run)
         progress.step(f"run {run.path.relative_to(places.ROOT)}: {len(plan.trials)} trials")
         gpus = sorted({gpu for trial in plan.trials for gpu in trial.server.gpus})
         with gpus_locked(gpus, run_id=run.path.name, folder=shared_folder()):
@@ -133,7 +134,7 @@ def run_experiment(
     return code
 
 
-def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
+def resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     """What the command line asks for; a run that is resumed keeps its `runtime`."""
     model = get_model(asked.model)
     site = load_site(asked.site, folder=places.SITES)
@@ -149,7 +150,8 @@ def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     )
 
 
-def _plan(source: Source, prepared: Prepared, asked: Asked) -> Plan:
+def planned(source: Source, prepared: Prepared, asked: Asked) -> Plan:
+    """The plan of an experiment with what was decided; `LabError` for what this machine or release cannot do."""
     named = [word for word in asked.gpus.split(",") if word.strip()]
     if asked.gpus and not named:
         raise LabError(f"--gpus {asked.gpus} names no GPU", why="it is a list", fix="--gpus 0,1")
@@ -196,7 +198,8 @@ def _sweep(prepared: Prepared, *, progress: Progress) -> None:
             progress.step(f"removed {len(swept)} things that a killed lab had left at the Docker engine")
 
 
-def _check_machine(prepared: Prepared) -> None:
+def check_machine(prepared: Prepared) -> None:
+    """`LabError` unless platform, lock, memory, disk and port will do, and runs can be written."""
     if prepared.containers is None:
         check_platform(prepared.stack)
     check_lock(prepared.stack)
@@ -222,7 +225,7 @@ def _check_machine(prepared: Prepared) -> None:
 
 def _new_run(plan: Plan, source: Source, *, prepared: Prepared, software: dict[str, object]) -> Run:
     site = prepared.site
-    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    name = fresh_name()
     run = Run(places.RUNS / plan.experiment / name)
     try:
         run.path.mkdir(parents=True)
@@ -259,7 +262,7 @@ def _to_resume(name: str, which: str | bool) -> tuple[Run, Plan]:
     return run, read_plan(run)
 
 
-def _check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats: int | None) -> None:
+def check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats: int | None) -> None:
     """`LabError` when the experiment or the software is not what the run's plan says; `plan` is today's."""
     if old.experiment_sha256 != source.sha256:
         raise LabError(

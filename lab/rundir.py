@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tempfile
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lab.errors import LabError
@@ -18,6 +20,7 @@ from lab.errors import LabError
 SCHEMA = 1
 RUN_DISK_GB = 0.5  # what a run may take
 RUN_NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
+SERIES = "all"  # the folder of series below runs/; no experiment may have this name
 DERIVED = ("tables", "plots", "verdicts.json", "report.md")
 
 Json = dict[str, object]
@@ -269,6 +272,26 @@ def list_runs(root: Path, *, experiment: str | None = None) -> tuple[Run, ...]:
         for p in sorted(root.glob(pattern), key=lambda p: (p.name, p.parent.name))
         if RUN_NAME.fullmatch(p.name)
     )
+
+
+def fresh_name() -> str:
+    """A name for a run or a series that begins now: UTC time and four random hexadecimal digits."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def series_file(root: Path, name: str) -> Path:
+    """Where `invoke exp.all` notes a series of runs: runs/all/<name>.json, beside the folders of the experiments."""
+    return root / SERIES / f"{name}.json"
+
+
+def list_series(root: Path) -> tuple[Path, ...]:
+    """The notes of all series under `root`, oldest first."""
+    return tuple(sorted(p for p in (root / SERIES).glob("*.json") if RUN_NAME.fullmatch(p.stem)))
+
+
+def index_file(root: Path) -> Path:
+    """The page that lists all runs."""
+    return root / "index.md"
 
 
 def _sha256(path: Path) -> str:

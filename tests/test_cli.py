@@ -375,4 +375,7 @@ def test_doctor_and_clean_end_without_a_traceback(copy: Copy) -> None:
     assert "not built yet" in done.out
     done = copy.invoke("clean")
     assert done.code == 0, done.text
-    assert copy.invoke("--list").out.count("exp.") == 2
+    listed = copy.invoke("--list").out
+    experiments = [path.stem.replace("_", "-") for path in copy.small.parent.glob("*.py")]
+    assert listed.count("exp.") == len(experiments) + 1
+    assert all(f"exp.{name}" in listed for name in (*experiments, "all"))

@@ -68,9 +68,13 @@ ORDER = (
         "lab.seats",
         "lab.machine",
         "lab.rundir",
+        "lab.digest",
+        "lab.criteria",
+        "lab.series",
         "lab.container",
         "lab.servable",
         "lab.plan",
+        "lab.cost",
         "lab.planning",
     ),
     *("lab.boxes", "lab.shell", "lab.scriptparts", "lab.dockerscript", "lab.commands"),
@@ -149,6 +153,7 @@ ORDER = (
         "lab.report.gpuplots",
         "lab.report.gpusection",
         "lab.report.render",
+        "lab.report.index",
     ),
     *(
         "lab.doctor",
@@ -158,9 +163,25 @@ ORDER = (
         "lab.doctor.engine",
         "lab.doctor.machine",
     ),
-    *("lab.choice", "lab.prepare", "lab.doctor.show", "lab.app", "lab.imaging", "lab.conduct", "tasks"),
+    *(
+        "lab.choice",
+        "lab.prepare",
+        "lab.doctor.show",
+        "lab.app",
+        "lab.imaging",
+        "lab.conduct",
+        "lab.runall",
+        "tasks",
+    ),
 )
-ANALYSIS = ("lab.tables", "lab.stats", "lab.judge", "lab.report.render", "lab.report.plots")
+ANALYSIS = (
+    "lab.tables",
+    "lab.stats",
+    "lab.judge",
+    "lab.report.render",
+    "lab.report.plots",
+    "lab.report.index",
+)
 DOING = (
     "lab.execute",
     "lab.client",
@@ -172,6 +193,7 @@ DOING = (
     "lab.progress",
     "lab.prepare",
     "lab.conduct",
+    "lab.runall",
     "lab.imaging",
     "lab.app",
 )
