@@ -155,14 +155,15 @@ def measures(requests: pd.DataFrame, loads: pd.DataFrame) -> Figure | None:
 
 
 def _panels(rows: pd.DataFrame, *, by: str, at_most: int = MOST_PANELS) -> list[Panel]:
-    """The loads and variants with the largest `by`, in the table's order, of the first repeat."""
+    """The loads and variants with the largest `by`, in the order of the loads, of the first repeat."""
     if rows.empty:
         return []
     rows = rows[rows["repeat"] == rows["repeat"].min()]
     found = [(str(k[0]), str(k[1]), part) for k, part in rows.groupby(["load", "variant"], sort=False)]
     largest = sorted(found, key=lambda panel: -float(panel[2][by].max()))[:at_most]
     chosen = {panel[:2] for panel in largest}
-    return sorted((panel for panel in found if panel[:2] in chosen), key=lambda panel: panel[:2])
+    loads = list(dict.fromkeys(rows["load"]))
+    return sorted((p for p in found if p[:2] in chosen), key=lambda p: (loads.index(p[0]), p[1]))
 
 
 def _over_time(
