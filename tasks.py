@@ -16,7 +16,8 @@ EXPERIMENTS = ROOT / "lab" / "experiments"
 RUN_HELP = {
     "repeats": "how often each variant is measured (default: the experiment's own)",
     "stack": "the software that serves, a folder of containers/ (default: what fits the machine)",
-    "model": "what is served",
+    "model": "what is served, a name of invoke models",
+    "weights": "the model's files: cache (of Hugging Face), dummy (shapes only), or a folder",
     "site": "where it runs: a name of lab/sites/ or a TOML file",
     "runtime": "process or docker (default: docker where an engine answers)",
     "gpus": "indices or UUIDs of the servers' GPUs, such as 0,1 (default: the site's)",
@@ -61,6 +62,7 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
         repeats: str = "",
         stack: str = "",
         model: str = "nano",
+        weights: str = "",
         site: str = "local",
         runtime: str = "",
         gpus: str = "",
@@ -76,6 +78,7 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
             asked = conduct.Asked(
                 stack=stack,
                 model=model,
+                weights=weights,
                 site=site,
                 runtime=runtime,
                 gpus=gpus,
@@ -125,6 +128,18 @@ def runs(_: Context) -> None:
         from lab import app
 
         return app.list_all_runs()
+
+    checked(body)
+
+
+@task(auto_shortflags=False)
+def models(_: Context) -> None:
+    """List the models that can be served, and where their weights are."""
+
+    def body() -> int:
+        from lab import catalogue
+
+        return catalogue.show()
 
     checked(body)
 
@@ -244,7 +259,7 @@ def build_namespace() -> Collection:
     for name, path in names.items():
         exp.add_task(experiment_task(name, first_line(path)), name=name)
     image = Collection("image", image_build, image_list, image_check, image_lock, image_context)
-    return Collection(exp, image, doctor, topo, report, runs, clean)
+    return Collection(exp, image, doctor, topo, models, report, runs, clean)
 
 
 namespace = build_namespace()

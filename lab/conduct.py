@@ -3,6 +3,7 @@ execute, analyse."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import sys
@@ -19,6 +20,7 @@ from lab.choice import fitting_stack
 from lab.errors import LabError
 from lab.execute import execute
 from lab.experiment import Source, load_experiment
+from lab.fitting import fitting
 from lab.hardware.detect import detect
 from lab.hardware.model import read_hardware
 from lab.hardware.model import to_json as to_json_hardware
@@ -38,6 +40,7 @@ from lab.runtime.process import ProcessRuntime
 from lab.seats import seats
 from lab.site import load_site
 from lab.stack import all_stacks, check_driver, check_platform, check_resources, load_stack
+from lab.weights import about, hub_cache, locate, require
 
 RUN_README = """\
 # Run {name} of experiment {experiment}
@@ -58,6 +61,7 @@ class Asked:
     stack: str
     model: str
     site: str
+    weights: str = ""
     runtime: str = ""
     gpus: str = ""
     hardware: str = ""
@@ -86,7 +90,10 @@ def run_experiment(
         return 0
     old = _to_resume(name, resume) if resume else None
     prepared = _resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
-    plan = _plan(source, prepared, asked)  # made before anything is built, for what it refuses
+    plan, fits = _plan(source, prepared, asked)  # made before anything is built, for what it refuses
+    prepared = replace(prepared, site=replace(prepared.site, reasons=(*prepared.site.reasons, *fits)))
+    if not asked.hardware:
+        require(prepared.model, prepared.weights)
     if dry_run:
         for reason in prepared.site.reasons:
             print(f"# {reason}", file=sys.stderr)
@@ -113,7 +120,7 @@ def run_experiment(
             run, plan = old
             _check_image(plan, prepared)
         else:
-            plan = _plan(source, prepared, asked)
+            plan, _ = _plan(source, prepared, asked)
             run = _new_run(plan, source, prepared=prepared, software=software)
         progress.step(f"run {run.path.relative_to(places.ROOT)}: {len(plan.trials)} trials")
         gpus = sorted({gpu for trial in plan.trials for gpu in trial.server.gpus})
@@ -141,12 +148,15 @@ def _resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     check_driver(stack, driver=hardware.driver.version if hardware.driver else "", stacks=every)
     if reason:
         site = replace(site, reasons=(f"stack {name}: {reason}", *site.reasons))
+    weights = locate(model, asked=asked.weights, cache=places.cache(), hub=hub_cache(os.environ))
+    chosen = asked.runtime or runtime
     return resolve(
-        stack, model, site=site, hardware=hardware, runtime=asked.runtime or runtime, dry_run=dry_run
+        stack, model, weights=weights, site=site, hardware=hardware, runtime=chosen, dry_run=dry_run
     )
 
 
-def _plan(source: Source, prepared: Prepared, asked: Asked) -> Plan:
+def _plan(source: Source, prepared: Prepared, asked: Asked) -> tuple[Plan, tuple[str, ...]]:
+    """The plan, and in words where the model's files are and how it fits."""
     named = [word for word in asked.gpus.split(",") if word.strip()]
     if asked.gpus and not named:
         raise LabError(f"--gpus {asked.gpus} names no GPU", why="it is a list", fix="--gpus 0,1")
@@ -158,17 +168,29 @@ def _plan(source: Source, prepared: Prepared, asked: Asked) -> Plan:
         asked=named,
         busy=prepared.busy,
     )
-    return make_plan(
+    fits = fitting(
+        source.experiment,
+        model=prepared.model,
+        stack=prepared.stack,
+        hardware=prepared.hardware,
+        seats=found,
+    )
+    plan = make_plan(
         source,
         stack=prepared.stack,
         model=prepared.model,
-        model_sha256=prepared.model.sha256,
+        model_sha256=prepared.weights.sha256,
+        weights=prepared.weights.kind,
+        unfit=fits.left_out,
         site=prepared.site,
         places=prepared.places,
         containers=prepared.containers,
         seats=found,
         repeats=asked.repeats,
     )
+    elsewhere = "weights not looked for, the machine is another one"
+    where = elsewhere if asked.hardware else prepared.weights.reason
+    return plan, (f"model {prepared.model.name}: {where}", *fits.reasons)
 
 
 def _runtime(prepared: Prepared, plan: Plan, *, run: Run, progress: Progress) -> Runtime:
@@ -227,6 +249,7 @@ def _new_run(plan: Plan, source: Source, *, prepared: Prepared, software: dict[s
         environment = {
             "machine": describe(places.ROOT),
             **software,
+            "model": about(prepared.model, prepared.weights),
             "choices": {"runtime": site.runtime, "site": site.name, "reasons": list(site.reasons)},
         }
         write_json(run.environment, environment)
@@ -266,11 +289,12 @@ def _check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats
             why="a plan is not changed once its run has begun",
             fix="leave --repeats out, or start a new run",
         )
-    if (old.runtime, old.places) != (plan.runtime, plan.places):
+    before = (old.runtime, old.places, old.model, old.model_sha256)
+    if before != (plan.runtime, plan.places, plan.model, plan.model_sha256):
         raise LabError(
             f"run {run.path.name} cannot be resumed: it used another runtime, stack or model",
-            why=f"planned {old.runtime} {old.places}, now {plan.runtime} {plan.places}",
-            fix="name the same --runtime, --stack and --model, or start a new run",
+            why=f"planned {old.runtime} {old.model} {old.places}, now {plan.runtime} {plan.model} {plan.places}",
+            fix="name the same --runtime, --stack, --model and --weights, or start a new run",
         )
 
 

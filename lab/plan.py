@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -103,7 +103,8 @@ class Trial:
 class Plan:
     """An experiment resolved for a site, a stack and a model. Seconds in the deadlines.
 
-    `left_out` are variants that this SGLang cannot serve, with the reasons; a file without any lacks the key.
+    `left_out` are variants that cannot be served, with the reasons, and `weights` says where the model's come from
+    (`lab/weights.py`); a file lacks the keys where none is left out and where the lab made them.
     """
 
     schema: int
@@ -130,6 +131,7 @@ class Plan:
     claims: tuple[Claim, ...]
     containers: Setup | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    weights: str = "built"
 
 
 def make_plan(
@@ -144,11 +146,13 @@ def make_plan(
     seats: Mapping[str, Seat] | None = None,
     repeats: int | None = None,
     seed: int = 1,
+    weights: str = "built",
+    unfit: Mapping[str, str] | None = None,
 ) -> Plan:
     """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`.
 
     `containers` is what the containers share where the site's runtime is docker; `seats` says where each variant
-    sits, without it nothing is bound but the site's CPUs.
+    sits, without it nothing is bound but the site's CPUs. `unfit` are variants that the model does not fit into.
     """
     experiment = source.experiment
     count = experiment.repeats if repeats is None else repeats
@@ -159,7 +163,9 @@ def make_plan(
             fix="use 1 to 100",
         )
     dialect = get_dialect(stack.dialect)
-    left_out = left_out_of(experiment, stack=stack, dialect=dialect)
+    left_out = left_out_of(experiment, stack=stack, dialect=dialect, unfit=unfit)
+    drawn = ("--load-format", "dummy") if weights == "dummy" else ()
+    served = replace(without(experiment, left_out), server=(*drawn, *experiment.server))
     return Plan(
         schema=SCHEMA,
         experiment=experiment.name,
@@ -181,12 +187,11 @@ def make_plan(
         stop_s=site.stop_s,
         places=places,
         preload=dialect.preload,
-        trials=_trials(
-            without(experiment, left_out), stack=stack, site=site, seats=seats, repeats=count, seed=seed
-        ),
+        trials=_trials(served, stack=stack, site=site, seats=seats, repeats=count, seed=seed),
         claims=experiment.claims,
         containers=containers,
         left_out=left_out,
+        weights=weights,
     )
 
 
@@ -276,6 +281,8 @@ def to_json(plan: Plan) -> str:
     said = msgspec.to_builtins(plan)
     if not plan.left_out:
         del said["left_out"]
+    if plan.weights == "built":
+        del said["weights"]
     return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -3,7 +3,7 @@ that are left out, each with the reason, or a `LabError` when nothing is left to
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from lab.dialect import Dialect
@@ -12,13 +12,15 @@ from lab.experiment import Experiment
 from lab.stack import Stack
 
 
-def left_out_of(experiment: Experiment, *, stack: Stack, dialect: Dialect) -> dict[str, str]:
-    """The variants whose server arguments this release refuses, with the reasons.
+def left_out_of(
+    experiment: Experiment, *, stack: Stack, dialect: Dialect, unfit: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The variants whose server arguments this release refuses, with the reasons, and those that are `unfit` for others.
 
     `LabError` when that are all of them, or when it has no program for one of the loads.
     """
     sglang = f"SGLang {stack.sglang}"
-    reasons = {
+    reasons = dict(unfit or {}) | {
         variant.name: f"{sglang} has {', '.join(refused)}"
         for variant in experiment.variants
         if (refused := dialect.refused((*experiment.server, *variant.args), device=stack.device))

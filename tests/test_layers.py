@@ -43,6 +43,10 @@ ORDER = (
         "lab.experiments",
         "lab.models",
         "lab.nano",
+        "lab.dummymodel",
+        "lab.modelfiles",
+        "lab.modelcheck",
+        "lab.weights",
     ),
     *(
         "lab.stackfile",
@@ -66,6 +70,8 @@ ORDER = (
         "lab.told",
         "lab.site",
         "lab.seats",
+        "lab.fit",
+        "lab.fitting",
         "lab.machine",
         "lab.rundir",
         "lab.container",
@@ -152,7 +158,16 @@ ORDER = (
         "lab.doctor.engine",
         "lab.doctor.machine",
     ),
-    *("lab.choice", "lab.prepare", "lab.doctor.show", "lab.app", "lab.imaging", "lab.conduct", "tasks"),
+    *(
+        "lab.choice",
+        "lab.prepare",
+        "lab.doctor.show",
+        "lab.app",
+        "lab.catalogue",
+        "lab.imaging",
+        "lab.conduct",
+        "tasks",
+    ),
 )
 ANALYSIS = ("lab.tables", "lab.stats", "lab.judge", "lab.report.render", "lab.report.plots")
 DOING = (
