@@ -66,11 +66,16 @@ def fit(model: Model, argv: Sequence[str], *, memory: Memory, dialect: Dialect, 
         second = (
             f"this machine has {memory.mib / 1024:.1f} GiB - {memory.base_gib:.1f} for the programs{ranks}"
         )
+    if not memory.gpu and budget <= 0:  # refused with the stack's own words before anything starts
+        return Fit(
+            tokens=asked or 0, words=f"{first}; the machine has less memory than the stack itself needs"
+        )
     room = int((budget - weights) * GIB // cell)
     tokens = min(room, asked) if asked else room
     per_token = f"{cell / 1024:g} KiB a token"
     copied = f", its {model.kv_heads} KV heads are copied on {tp} ranks" if tp > model.kv_heads else ""
-    third = f"{budget:.1f} - {weights:.1f} = {budget - weights:.1f} GiB for the KV cache{copied}, {per_token}"
+    rest = budget - weights
+    third = f"{budget:.1f} - {weights:.1f} = {rest:.1f} GiB for the KV cache{copied}, {per_token}"
     pool = f", {asked:,} asked for" if asked else ""
     words = f"{first}; {second} = {budget:.1f} GiB; {third}: {max(room, 0):,} tokens{pool}"
     if room <= 0:
@@ -182,7 +187,7 @@ def _weight_words(model: Model, *, tp: int, number: int) -> str:
     count = parameters(model)
     whole = f"{model.name}: {count / 1e9:.2f}e9 parameters x {number} bytes = {count * number / 1e9:.0f} GB"
     if count * number < 1e9:
-        whole = (
+        return (
             f"{model.name}: {count / 1e6:.1f}e6 parameters x {number} bytes = {count * number / 1e6:.0f} MB"
         )
     part = f"{parameters(model, tp=tp) * number / GIB:.1f} GiB"

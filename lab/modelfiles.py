@@ -29,9 +29,8 @@ def ensure_model(model: Model, *, cache: Path, builder: Builder, say: Callable[[
     A built model goes to `cache`/models/<name>-<first 12 digits of its sum>. It is made beside that place by
     `builder` (the stack's interpreter: `with_python`, or a container), and moved into it when it is right, under
     a lock: an interrupted build is never taken for a finished one, and two builds at once end with one result.
-    `say` gets a line before
-    anything that takes time. `LabError` when the folder is damaged or cannot be written, or when the build
-    gives other bytes than the catalogue expects.
+    `say` gets a line before anything that takes time. `LabError` when the folder is damaged or cannot be written,
+    or when the build gives other bytes than the catalogue expects.
     """
     models = cache / "models"
     folder = models / f"{model.name}-{model.sha256[:12]}"
