@@ -10,15 +10,16 @@ from pathlib import Path
 
 from invoke import Collection, Context, Exit, Task, task
 
-ROOT = Path(__file__).resolve().parent
-EXPERIMENTS = ROOT / "lab" / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent / "lab" / "experiments"
 
 RUN_HELP = {
     "repeats": "how often each variant is measured (default: the experiment's own)",
     "stack": "the software that serves, a folder of containers/ (default: what fits the machine)",
-    "model": "what is served",
+    "model": "what is served, a name of invoke models",
+    "weights": "the model's files: cache (of Hugging Face), dummy (shapes only), or a folder",
     "site": "where it runs: a name of lab/sites/ or a TOML file",
     "runtime": "process or docker (default: docker where an engine answers)",
+    "scale": "full or small: the numbers of loads that have both (default: small on a CPU)",
     "gpus": "indices or UUIDs of the servers' GPUs, such as 0,1 (default: the site's)",
     "hardware": "with --dry-run: plan for the machine in this file (invoke topo --json writes it)",
     "dry-run": "print the commands and start nothing",
@@ -55,11 +56,7 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
-ALL_HELP = {
-    **{
-        name: RUN_HELP[name]
-        for name in ("repeats", "stack", "model", "site", "runtime", "hardware", "strict")
-    },
+ALL_HELP = {name: text for name, text in RUN_HELP.items() if name not in ("gpus", "explain")} | {
     "dry-run": "say what would be run, and about how long it takes; start nothing",
     "resume": "go on with the newest series, or with the one named",
 }
@@ -71,8 +68,10 @@ def every_experiment(
     repeats: str = "",
     stack: str = "",
     model: str = "",
+    weights: str = "",
     site: str = "",
     runtime: str = "",
+    scale: str = "",
     hardware: str = "",
     dry_run: bool = False,
     resume: str = "",
@@ -86,8 +85,10 @@ def every_experiment(
         given = conduct.Asked(
             stack=stack,
             model=model,
+            weights=weights,
             site=site,
             runtime=runtime,
+            scale=scale,
             hardware=hardware,
             repeats=app.whole_number("--repeats", repeats),
         )
@@ -102,8 +103,10 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
         repeats: str = "",
         stack: str = "",
         model: str = "nano",
+        weights: str = "",
         site: str = "local",
         runtime: str = "",
+        scale: str = "",
         gpus: str = "",
         hardware: str = "",
         dry_run: bool = False,
@@ -117,8 +120,10 @@ def experiment_task(name: str, summary: str) -> Task[Callable[..., None]]:
             asked = conduct.Asked(
                 stack=stack,
                 model=model,
+                weights=weights,
                 site=site,
                 runtime=runtime,
+                scale=scale,
                 gpus=gpus,
                 hardware=hardware,
                 repeats=app.whole_number("--repeats", repeats),
@@ -166,6 +171,18 @@ def runs(_: Context) -> None:
         from lab import app
 
         return app.list_all_runs()
+
+    checked(body)
+
+
+@task(auto_shortflags=False)
+def models(_: Context) -> None:
+    """List the models that can be served, and where their weights are."""
+
+    def body() -> int:
+        from lab import catalogue
+
+        return catalogue.show()
 
     checked(body)
 
@@ -287,7 +304,7 @@ def build_namespace() -> Collection:
         if name != "all":  # exp.all refuses such a file
             exp.add_task(experiment_task(name, first_line(path)), name=name)
     image = Collection("image", image_build, image_list, image_check, image_lock, image_context)
-    return Collection(exp, image, doctor, topo, report, runs, clean)
+    return Collection(exp, image, doctor, topo, models, report, runs, clean)
 
 
 namespace = build_namespace()

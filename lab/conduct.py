@@ -3,6 +3,7 @@ execute, analyse."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,6 @@ import psutil
 from lab import commands, places, scratch
 from lab.app import explanation, find_run, report
 from lab.choice import fitting_stack
-from lab.dialect import get_dialect
 from lab.errors import LabError
 from lab.execute import execute
 from lab.experiment import Source, load_experiment
@@ -27,6 +27,7 @@ from lab.machine import describe, uncommitted
 from lab.models import get_model
 from lab.plan import Plan, read_plan, to_json
 from lab.planning import make_plan
+from lab.possible import possible
 from lab.prepare import NoImageError, Prepared, make, resolve, without_containers
 from lab.progress import Progress
 from lab.rundir import RUN_DISK_GB, Run, fresh_name, verify, write_json, write_text
@@ -36,10 +37,9 @@ from lab.runtime.gpulock import gpus_locked, shared_folder
 from lab.runtime.ledger import Ledger
 from lab.runtime.ports import require_port
 from lab.runtime.process import ProcessRuntime
-from lab.seats import seats, unseated
-from lab.servable import left_out_of, without
-from lab.site import load_site
+from lab.site import load_site, scaled
 from lab.stack import all_stacks, check_driver, check_platform, check_resources, load_stack
+from lab.weights import about, hub_cache, locate, require
 
 RUN_README = """\
 # Run {name} of experiment {experiment}
@@ -60,7 +60,9 @@ class Asked:
     stack: str
     model: str
     site: str
+    weights: str = ""
     runtime: str = ""
+    scale: str = ""
     gpus: str = ""
     hardware: str = ""
     repeats: int | None = None
@@ -89,7 +91,10 @@ def run_experiment(
         return 0
     old = _to_resume(name, resume) if resume else None
     prepared = resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
-    plan = planned(source, prepared, asked)  # made before anything is built, for what it refuses
+    plan, fits = planned(source, prepared, asked)  # made before anything is built, for what it refuses
+    prepared = replace(prepared, site=replace(prepared.site, reasons=(*prepared.site.reasons, *fits)))
+    if not asked.hardware:
+        require(prepared.model, prepared.weights)
     if dry_run:
         for reason in prepared.site.reasons:
             print(f"# {reason}", file=sys.stderr)
@@ -116,7 +121,7 @@ def run_experiment(
             run, plan = old
             _check_image(plan, prepared)
         else:
-            plan = planned(source, prepared, asked)
+            plan, _ = planned(source, prepared, asked)
             run = _new_run(plan, source, prepared=prepared, software=software)
         began(run)
         progress.step(f"run {run.path.relative_to(places.ROOT)}: {len(plan.trials)} trials")
@@ -137,7 +142,7 @@ def run_experiment(
 def resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     """What the command line asks for; a run that is resumed keeps its `runtime`."""
     model = get_model(asked.model)
-    site = load_site(asked.site, folder=places.SITES)
+    site = scaled(load_site(asked.site, folder=places.SITES), asked.scale)
     hardware = read_hardware(Path(asked.hardware)) if asked.hardware else detect()
     every = all_stacks(places.ROOT)
     name, reason = (asked.stack, "") if asked.stack else fitting_stack(hardware, stacks=every)
@@ -145,39 +150,44 @@ def resolved(asked: Asked, *, runtime: str, dry_run: bool) -> Prepared:
     check_driver(stack, driver=hardware.driver.version if hardware.driver else "", stacks=every)
     if reason:
         site = replace(site, reasons=(f"stack {name}: {reason}", *site.reasons))
+    weights = locate(model, asked=asked.weights, cache=places.cache(), hub=hub_cache(os.environ))
+    chosen = asked.runtime or runtime
     return resolve(
-        stack, model, site=site, hardware=hardware, runtime=asked.runtime or runtime, dry_run=dry_run
+        stack, model, weights=weights, site=site, hardware=hardware, runtime=chosen, dry_run=dry_run
     )
 
 
-def planned(source: Source, prepared: Prepared, asked: Asked) -> Plan:
-    """The plan of an experiment with what was decided; `LabError` for what this machine or release cannot do."""
+def planned(source: Source, prepared: Prepared, asked: Asked) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of an experiment with what was decided, and in words where the model's files are and how it fits;
+    `LabError` for what this machine or release cannot do."""
     named = [word for word in asked.gpus.split(",") if word.strip()]
     if asked.gpus and not named:
         raise LabError(f"--gpus {asked.gpus} names no GPU", why="it is a list", fix="--gpus 0,1")
-    dialect = get_dialect(prepared.stack.dialect)
-    refused = left_out_of(
+    found = possible(
         source.experiment,
+        model=prepared.model,
         stack=prepared.stack,
-        dialect=dialect,
-        capabilities=prepared.site.capabilities,
+        site=prepared.site,
+        hardware=prepared.hardware,
+        asked=named,
+        busy=prepared.busy,
     )
-    possible = without(source.experiment, refused)
-    stack, site, hardware, busy = prepared.stack, prepared.site, prepared.hardware, prepared.busy
-    unplaced = unseated(possible, stack=stack, site=site, hardware=hardware, asked=named, busy=busy)
-    seated = without(possible, unplaced)
-    return make_plan(
+    plan = make_plan(
         source,
         stack=prepared.stack,
         model=prepared.model,
-        model_sha256=prepared.model.sha256,
+        model_sha256=prepared.weights.sha256,
+        weights=prepared.weights.kind,
         site=prepared.site,
         places=prepared.places,
         containers=prepared.containers,
-        seats=seats(seated, stack=stack, site=site, hardware=hardware, asked=named, busy=busy),
-        left_out=unplaced,
+        seats=found.seats,
+        left_out=found.left_out,
         repeats=asked.repeats,
     )
+    elsewhere = "weights not looked for, the machine is another one"
+    where = elsewhere if asked.hardware else prepared.weights.reason
+    return plan, (f"model {prepared.model.name}: {where}", *found.fits)
 
 
 def _runtime(prepared: Prepared, plan: Plan, *, run: Run, progress: Progress) -> Runtime:
@@ -237,6 +247,7 @@ def _new_run(plan: Plan, source: Source, *, prepared: Prepared, software: dict[s
         environment = {
             "machine": describe(places.ROOT),
             **software,
+            "model": about(prepared.model, prepared.weights),
             "choices": {"runtime": site.runtime, "site": site.name, "reasons": list(site.reasons)},
         }
         write_json(run.environment, environment)
@@ -276,11 +287,12 @@ def check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats:
             why="a plan is not changed once its run has begun",
             fix="leave --repeats out, or start a new run",
         )
-    if (old.runtime, old.places) != (plan.runtime, plan.places):
+    before = (old.runtime, old.places, old.model, old.model_sha256)
+    if before != (plan.runtime, plan.places, plan.model, plan.model_sha256):
         raise LabError(
             f"run {run.path.name} cannot be resumed: it used another runtime, stack or model",
-            why=f"planned {old.runtime} {old.places}, now {plan.runtime} {plan.places}",
-            fix="name the same --runtime, --stack and --model, or start a new run",
+            why=f"planned {old.runtime} {old.model} {old.places}, now {plan.runtime} {plan.model} {plan.places}",
+            fix="name the same --runtime, --stack, --model and --weights, or start a new run",
         )
 
 

@@ -28,7 +28,8 @@ class Dialect:
     Of bench_serving: `implied` are flags that it lacks, each with the value that it acts by; `added` are arguments that
     every load gets; `bench_extra` is how many requests it sends before the load, whatever it is told. `datasets` are
     the loads that the lab has a program for in this release; `silent` are columns of the tables that it gives no
-    source for, each with the reason.
+    source for, each with the reason. `static_share` is its rule for how much of a GPU weights and KV cache take: a
+    `table` by ranks, or what a `reserve` for activations and CUDA graphs leaves (`lab/fit.py`).
     """
 
     release: str
@@ -49,6 +50,7 @@ class Dialect:
     evicted_total: str
     retracted_total: str
     records: Literal["export", "log"]
+    static_share: Literal["table", "reserve"] = "reserve"
     bench: str = "sglang.bench_serving"
     preload: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -126,6 +128,7 @@ DIALECTS = (
         evicted_total="",
         retracted_total="",
         records="log",
+        static_share="table",
         preload=("sglang", "sglang.bench_serving", "sglang.lang.backend.runtime_endpoint"),
         datasets=("random-ids", "generated-shared-prefix", "chat"),
         implied=(

@@ -1,41 +1,47 @@
-"""What is served: a catalogue of models as frozen `Model`s, and `ensure_model`, which takes one of them and
-gives back the folder with its files, built into the cache if they are not there yet, and checked byte by byte
-against the sums in the catalogue. Only `nano` is built here (see `lab/nano.py` and
-`docs/decisions/0003-nano-model.md`)."""
+"""What can be served: the catalogue of models as frozen `Model`s, and what follows from a model's shapes alone, which is
+the number of its parameters and the bytes a token takes in the KV cache. No disk, no network: where a model's files
+come from is in `lab/weights.py`, whether they fit into a machine in `lab/fit.py`."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
+from lab.errors import unknown_name
 
-from lab.errors import LabError, unknown_name
+BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "half": 2, "bfloat16": 2, "float": 4}
 
-BUILDER = Path(__file__).resolve().parent / "nano.py"
-BUILD_LIMIT_S = 300.0
 
-_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary embedding, under the names of its config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model by its name, its shapes and the SHA-256 of each of its files.
+    """A model by its name, its shapes, and where it is published.
 
-    `source` says where the files come from: "built" by `lab/nano.py`, or "local", a folder `path` that is
-    already on this machine. `context` is the largest number of tokens of a request, prompt and answer
-    together. `files` may be empty for a local model; then only the presence of its `config.json` is checked.
+    `source` is "built" for the one that `lab/nano.py` makes, with the SHA-256 of each of its `files`, and "hub" for those
+    of a Hugging Face `repository` (owner/name) at the commit `revision`, empty where it is not pinned. `gated` says that
+    its owner gives access to accounts that ask for it, None that the lab could not find out. `context` is the largest
+    number of tokens of a request, prompt and answer together; `head_dim` the width of a head; `bias` says that Q, K
+    and V have one, `tied` that the output layer is the table of embeddings.
     """
 
     name: str
     description: str
-    source: Literal["built", "local"]
+    source: Literal["built", "hub"]
     licence: str
+    architecture: str
+    model_type: str
     hidden: int
     intermediate: int
     layers: int
@@ -45,8 +51,16 @@ class Model:
     vocab: int
     context: int
     dtype: str
+    rope_theta: float
+    norm_eps: float
+    rope_scaling: RopeScaling | None = None
+    bias: bool = False
+    tied: bool = False
+    tokenizer: str
+    repository: str = ""
+    revision: str = ""
+    gated: bool | None = False
     files: tuple[tuple[str, str], ...] = ()
-    path: Path | None = None
 
     @property
     def sha256(self) -> str:
@@ -54,13 +68,38 @@ class Model:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    @property
+    def pinned(self) -> str:
+        """The revision for people, or that there is none."""
+        return self.revision or "not pinned"
 
-CATALOGUE: Mapping[str, Model] = {
-    "nano": Model(
+    @property
+    def access(self) -> str:
+        """Who may fetch it, for people."""
+        if self.source == "built":
+            return "made on this machine"
+        words = {
+            True: "gated: ask on its page, with an account",
+            False: "open",
+            None: "may ask for an account",
+        }
+        return words[self.gated]
+
+
+LLAMA_31_ROPE = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+LLAMA_31_LICENCE = "Llama 3.1 Community License"
+
+# Shapes: each repository's config.json at its revision.
+_ENTRIES = (
+    Model(
         name="nano",
         description="2-layer Llama with seeded random weights, made on this machine; for servers without GPU",
         source="built",
         licence="Apache-2.0 (part of this repository)",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
         hidden=256,
         intermediate=1024,
         layers=2,
@@ -70,6 +109,9 @@ CATALOGUE: Mapping[str, Model] = {
         vocab=10240,
         context=16384,
         dtype="float32",
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        tokenizer="byte-level BPE, trained on lab/data/handbook.md",
         files=(
             ("config.json", "4de11ab9aa65150415d4304b2c8491ff81435100c4b7ebee1d3c5978c8fc379a"),
             ("generation_config.json", "3e0ec4685daa702afe754b156f4eb823ae3606c8087a1b22302cb88ca6c7790d"),
@@ -78,12 +120,102 @@ CATALOGUE: Mapping[str, Model] = {
             ("tokenizer_config.json", "553e2a88fa245b9b6d6424088b9601dd8171f7d5f6f45f4e5be234317eaecece"),
         ),
     ),
-}
-
-
-# Runs a script of the lab with the stack's interpreter: in go its path and arguments, out come the exit code and
-# what it wrote to standard error.
-Builder = Callable[[tuple[str, ...]], tuple[int, str]]
+    Model(
+        name="llama-3.1-8b",
+        description="Llama-3.1-8B-Instruct: one GPU, and detailed profiles",
+        source="hub",
+        licence=LLAMA_31_LICENCE,
+        repository="meta-llama/Llama-3.1-8B-Instruct",
+        revision="0e9e39f249a16976918f6564b8830bc894c89659",
+        gated=True,
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        hidden=4096,
+        intermediate=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab=128_256,
+        context=131_072,
+        dtype="bfloat16",
+        rope_theta=500_000.0,
+        rope_scaling=LLAMA_31_ROPE,
+        norm_eps=1e-5,
+        tokenizer="byte-level BPE of Llama 3",
+    ),
+    Model(
+        name="llama-3.1-70b",
+        description="Llama-3.1-70B-Instruct: tensor parallelism; two GPUs of 80 GB at least",
+        source="hub",
+        licence=LLAMA_31_LICENCE,
+        repository="meta-llama/Llama-3.1-70B-Instruct",
+        revision="1605565b47bb9346c5515c34102e054115b4f98b",
+        gated=True,
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        hidden=8192,
+        intermediate=28_672,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        vocab=128_256,
+        context=131_072,
+        dtype="bfloat16",
+        rope_theta=500_000.0,
+        rope_scaling=LLAMA_31_ROPE,
+        norm_eps=1e-5,
+        tokenizer="byte-level BPE of Llama 3",
+    ),
+    Model(
+        name="qwen2.5-7b",
+        description="Qwen2.5-7B-Instruct: of the size of Llama-3.1-8B, open to everybody",
+        source="hub",
+        licence="Apache-2.0",
+        repository="Qwen/Qwen2.5-7B-Instruct",
+        revision="a09a35458c702b33eeacc393d103063234e8bc28",
+        architecture="Qwen2ForCausalLM",
+        model_type="qwen2",
+        hidden=3584,
+        intermediate=18_944,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        vocab=152_064,
+        context=32_768,
+        dtype="bfloat16",
+        rope_theta=1_000_000.0,
+        norm_eps=1e-6,
+        bias=True,
+        tokenizer="byte-level BPE of Qwen2",
+    ),
+    Model(
+        name="mistral-7b",
+        description="Mistral-7B-Instruct-v0.3: one GPU",
+        source="hub",
+        licence="Apache-2.0",
+        repository="mistralai/Mistral-7B-Instruct-v0.3",
+        revision="c170c708c41dac9275d15a8fff4eca08d52bab71",
+        gated=None,
+        architecture="MistralForCausalLM",
+        model_type="mistral",
+        hidden=4096,
+        intermediate=14_336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab=32_768,
+        context=32_768,
+        dtype="bfloat16",
+        rope_theta=1_000_000.0,
+        norm_eps=1e-5,
+        tokenizer="SentencePiece BPE of Mistral, version 3",
+    ),
+)
+CATALOGUE: Mapping[str, Model] = {model.name: model for model in _ENTRIES}
 
 
 def get_model(name: str) -> Model:
@@ -93,135 +225,33 @@ def get_model(name: str) -> Model:
     return CATALOGUE[name]
 
 
-def kv_bytes_per_token(model: Model) -> int:
-    """Bytes that one token takes in the KV cache: a key and a value in each layer and for each key/value
-    head.
+def parameters(model: Model, *, tp: int = 1) -> int:
+    """Numbers in the weights of one of `tp` ranks, sharded as SGLang does it.
 
-    For a cache in the model's own dtype; the server may be told another one (`--kv-cache-dtype`).
+    Heads, the feed forward part and the vocabulary are divided; a key/value head is copied where there are fewer than
+    ranks; norms are on every rank (`srt/models/llama.py`, `qwen2.py`, and the layers they use, of 0.4.6.post5 and 0.5.21). With
+    one rank this is the published count. A vocabulary is padded to a multiple of 64, which all of the catalogue are.
     """
-    return 2 * model.layers * model.kv_heads * model.head_dim * _BYTES[model.dtype]
+    wide = model.heads // tp * model.head_dim
+    narrow = max(1, model.kv_heads // tp) * model.head_dim
+    attention = 2 * model.hidden * wide + 2 * model.hidden * narrow + (wide + 2 * narrow if model.bias else 0)
+    feed_forward = 3 * model.hidden * model.intermediate // tp
+    table = -(-model.vocab // 64) * 64 // tp * model.hidden
+    tables = table if model.tied else 2 * table
+    return tables + model.layers * (attention + feed_forward + 2 * model.hidden) + model.hidden
 
 
-def ensure_model(model: Model, *, cache: Path, builder: Builder, say: Callable[[str], None]) -> Path:
-    """The folder with the model's files, complete and checked.
+def kv_bytes_per_token(model: Model, *, tp: int = 1, number_bytes: int = 0) -> int:
+    """Bytes that one token takes in the KV cache of one of `tp` ranks: a key and a value in each layer and for each
+    key/value head of the rank, which has one at least.
 
-    A built model goes to `cache`/models/<name>-<first 12 digits of its sum>. It is made beside that place by
-    `builder` (the stack's interpreter: `with_python`, or a container), and moved into it when it is right, under
-    a lock: an interrupted build is never taken for a finished one, and two builds at once end with one result.
-    `say` gets a line before
-    anything that takes time. `LabError` when the folder is damaged or cannot be written, or when the build
-    gives other bytes than the catalogue expects.
+    `number_bytes` are those of one number, 0 for the model's own dtype; the server may be told another
+    (`--dtype`, `--kv-cache-dtype`).
     """
-    if model.source == "local":
-        return _local_folder(model)
-    models = cache / "models"
-    folder = models / f"{model.name}-{model.sha256[:12]}"
-    try:
-        if not folder.exists():  # a finished model needs no lock, so it can be used from a read-only cache
-            models.mkdir(parents=True, exist_ok=True)
-            with FileLock(models / f".{folder.name}.lock"):
-                if not folder.exists():  # somebody else may have built it while we waited
-                    _build(model, folder=folder, builder=builder, say=say)
-    except OSError as error:
-        raise LabError(
-            f"the model {model.name!r} cannot be written to {models}",
-            why=str(error),
-            fix="make room there, or give the lab another cache folder that you may write to",
-        ) from error
-    damage = find_damage(model, folder=folder)
-    if damage:
-        raise LabError(
-            f"the model folder {folder} is damaged: {damage}",
-            why="its files were compared with the sums in lab/models.py",
-            fix=f"delete the folder; the next run makes it again: rm -r {folder}",
-        )
-    return folder
+    heads = max(1, model.kv_heads // tp)
+    return 2 * model.layers * heads * model.head_dim * (number_bytes or BYTES[model.dtype])
 
 
-def find_damage(model: Model, *, folder: Path) -> str:
-    """What is wrong with `folder` as a copy of `model`, in words; empty when nothing is."""
-    expected = dict(model.files)
-    for name, digest in expected.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        try:
-            actual = _sha256(file)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if actual != digest:
-            return f"{name} is not the file it should be (sha256 {actual[:12]}..., expected {digest[:12]}...)"
-    # A further *.safetensors or tokenizer file would be read by the server as part of the model.
-    strange = sorted(file.name for file in folder.iterdir() if file.name not in expected)
-    return f"{strange[0]} does not belong there" if strange else ""
-
-
-def with_python(python: Path) -> Builder:
-    """A builder that runs the stack's interpreter; the first argument of what it makes is a script."""
-
-    def build(argv: tuple[str, ...]) -> tuple[int, str]:
-        command = (str(python), "-I", *argv)
-        try:
-            done = subprocess.run(  # noqa: S603  our own script, no shell
-                command, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise LabError(
-                f"building a model took more than {BUILD_LIMIT_S:.0f} s",
-                why="it takes a few seconds on an idle machine",
-                fix="look for other load on this machine and start again",
-            ) from error
-        except OSError as error:
-            raise LabError(
-                f"no model can be built: {python} does not start",
-                why=str(error),
-                fix="that is the stack's interpreter; delete the stack's folder, the next run makes it again",
-            ) from error
-        return done.returncode, done.stderr
-
-    return build
-
-
-def _build(model: Model, *, folder: Path, builder: Builder, say: Callable[[str], None]) -> None:
-    """Make the model aside, check it, and move it to `folder`; the caller holds the lock."""
-    aside = folder.with_name(f".{folder.name}.building")
-    if aside.exists():  # left by a build that was interrupted
-        shutil.rmtree(aside)
-    say(f"building the model {model.name!r} (a few seconds)")
-    argv = (str(BUILDER), str(aside))
-    code, said = builder(argv)
-    if code != 0:
-        last = (said.strip().splitlines() or ["no message"])[-1]
-        raise LabError(
-            f"building the model {model.name!r} failed with exit status {code}",
-            why=last,
-            fix=f"run it by hand with the stack's Python to see all of it: {' '.join(argv)}",
-        )
-    damage = find_damage(model, folder=aside)
-    if damage:
-        raise LabError(
-            f"the model {model.name!r} built on this machine differs from the catalogue: {damage}",
-            why="it is made to come out the same everywhere; lab/nano.py, lab/data or the stack were changed",
-            fix="undo the change, or, if it is meant, put the sums lab/nano.py prints into lab/models.py",
-        )
-    aside.rename(folder)
-
-
-def _local_folder(model: Model) -> Path:
-    """The folder of a local model, after the checks that are possible."""
-    folder = model.path
-    if folder is None or not (folder / "config.json").is_file():
-        raise LabError(
-            f"the model {model.name!r} is not at {folder}",
-            why="there is no config.json in that folder",
-            fix="give the folder that holds the model's config.json",
-        )
-    damage = find_damage(model, folder=folder) if model.files else ""
-    if damage:
-        raise LabError(f"the model folder {folder} is damaged: {damage}", fix="fetch the model again")
-    return folder
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def weight_bytes(model: Model) -> int:
+    """Bytes of all weights in the model's own dtype."""
+    return parameters(model) * BYTES[model.dtype]

@@ -100,7 +100,7 @@ class Plan:
     `left_out` are variants that this SGLang or this machine cannot serve, with the reasons; a file without any lacks the
     key. `scale` is "small" where loads with small numbers took those, `probe` how much is written down
     inside the servers. `variants` are those that run, in the experiment's order: the first one's answers are what
-    the others' are compared with.
+    the others' are compared with. `weights` says where the model's come from (`lab/weights.py`).
     """
 
     schema: int
@@ -130,6 +130,7 @@ class Plan:
     scale: Scale = "full"
     probe: Probe = "off"
     variants: tuple[str, ...] = ()
+    weights: str = "built"
 
 
 def fill(text: str, values: dict[str, str]) -> str:

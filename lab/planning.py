@@ -34,14 +34,15 @@ def make_plan(
     containers: Setup | None = None,
     seats: Mapping[str, Seat] | None = None,
     left_out: Mapping[str, str] | None = None,
+    weights: str = "built",
     repeats: int | None = None,
     seed: int = 1,
 ) -> Plan:
     """Resolve an experiment. Each repeat visits every variant once, in an order drawn with `seed`.
 
     `containers` is what the containers share where the site's runtime is docker; `seats` says where each variant
-    sits, without it nothing is bound but the site's CPUs; `left_out` are variants that the machine cannot serve, with the
-    reasons, beside those that this SGLang cannot.
+    sits, without it nothing is bound but the site's CPUs; `left_out` are variants that cannot be served here
+    (`lab.possible`), beside those that this SGLang cannot. `weights` "dummy" has SGLang draw them.
     """
     experiment = source.experiment
     count = experiment.repeats if repeats is None else repeats
@@ -57,7 +58,8 @@ def make_plan(
         **(left_out or {}),
     }
     scale = scale_of(site, stack=stack)
-    running = without(experiment, without_these)
+    drawn = ("--load-format", "dummy") if weights == "dummy" else ()
+    running = replace(without(experiment, without_these), server=(*drawn, *experiment.server))
     return Plan(
         schema=SCHEMA,
         experiment=experiment.name,
@@ -94,6 +96,7 @@ def make_plan(
         scale=scale,
         probe=experiment.probe,
         variants=tuple(variant.name for variant in running.variants),
+        weights=weights,
     )
 
 

@@ -15,7 +15,8 @@ from lab.errors import LabError, unknown_name
 from lab.hardware.model import Hardware
 from lab.hardware.nvml import busy, read_use
 from lab.images.build import build_image, image_tag
-from lab.models import BUILD_LIMIT_S, Builder, Model, ensure_model, with_python
+from lab.modelfiles import BUILD_LIMIT_S, Builder, with_python
+from lab.models import Model
 from lab.progress import Progress
 from lab.rundir import read_json
 from lab.runtime.docker import caller
@@ -24,6 +25,7 @@ from lab.runtime.owner import me
 from lab.site import RUNTIMES, Site
 from lab.stack import Stack
 from lab.stacks.build import ensure, stack_folder
+from lab.weights import Weights, container_folder, ensure_weights
 
 # NCCL registers memory with the GPU, and deep stacks of C++ threads outgrow 8 MB: NVIDIA asks for both limits in the
 # notes of its containers.
@@ -45,6 +47,7 @@ class Prepared:
 
     stack: Stack
     model: Model
+    weights: Weights
     site: Site
     hardware: Hardware
     busy: dict[str, str]
@@ -55,7 +58,14 @@ class Prepared:
 
 
 def resolve(
-    stack: Stack, model: Model, *, site: Site, hardware: Hardware, runtime: str, dry_run: bool
+    stack: Stack,
+    model: Model,
+    *,
+    weights: Weights,
+    site: Site,
+    hardware: Hardware,
+    runtime: str,
+    dry_run: bool,
 ) -> Prepared:
     """Decide the runtime and where everything is. `LabError` when docker is asked for and no engine answers,
     unless nothing will be started."""
@@ -71,7 +81,6 @@ def resolve(
     )
     cache = places.cache()
     jit = cache / "jit" / f"{stack.name}-{stack.lock_hash[:12]}"
-    model_folder = model.path or cache / "models" / f"{model.name}-{model.sha256[:12]}"
     if name == "process" and stack.device != "cpu":
         raise LabError(
             f"stack {stack.name!r} runs in containers only",
@@ -81,17 +90,19 @@ def resolve(
     if name == "process":
         where = {
             "STACK": str(stack_folder(stack, cache=cache)),
-            "MODEL": str(model_folder),
+            "MODEL": str(weights.folder),
             "LAB": str(places.PACKAGE),
             "JIT": str(jit),
         }
-        return Prepared(stack=stack, model=model, site=site, hardware=hardware, busy=used, places=where)
+        return Prepared(
+            stack=stack, model=model, weights=weights, site=site, hardware=hardware, busy=used, places=where
+        )
     tag = image_tag(stack)
     image = engine.image(tag) if engine is not None else None
     setup = Setup(
         image=tag if image is None else image.id,
         image_name=tag,
-        model=str(model_folder),
+        model=str(weights.folder),
         lab=str(places.PACKAGE),
         jit=str(jit),
         gpu_request="cdi" if engine is not None and engine.has_cdi else "nvidia",
@@ -102,6 +113,7 @@ def resolve(
     return Prepared(
         stack=stack,
         model=model,
+        weights=weights,
         site=site,
         hardware=hardware,
         busy=used,
@@ -151,6 +163,7 @@ def without_containers(prepared: Prepared, *, error: NoImageError) -> Prepared:
     found = resolve(
         prepared.stack,
         prepared.model,
+        weights=prepared.weights,
         site=site,
         hardware=prepared.hardware,
         runtime="process",
@@ -165,7 +178,7 @@ def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str,
     if prepared.containers is None or prepared.engine is None:
         folder = ensure(prepared.stack, cache=places.cache(), say=progress.step, live=progress.live)
         builder = with_python(folder / "bin" / "python")
-        ensure_model(prepared.model, cache=places.cache(), builder=builder, say=progress.step)
+        _ensure(prepared, builder=builder, progress=progress)
         return prepared, {"stack": read_json(folder / "lab-stack.json")}
     engine, setup = prepared.engine, prepared.containers
     image = engine.image(setup.image_name)
@@ -182,19 +195,24 @@ def make(prepared: Prepared, *, progress: Progress) -> tuple[Prepared, dict[str,
         limits, refused = accepted_ulimits(
             engine, wanted=setup.ulimits, probe=lambda wanted: _probe(image.id, ulimits=wanted)
         )
-        builder = _in_container(engine, image=image.id, models=Path(setup.model).parent)
-        ensure_model(prepared.model, cache=places.cache(), builder=builder, say=progress.step)
+        builder = _in_container(engine, image=image.id, models=places.cache() / "models")
+        _ensure(prepared, builder=builder, progress=progress)
+        folder = container_folder(prepared.model, prepared.weights, cache=places.cache())
     except EngineError as error:
         raise LabError(
             "the Docker engine cannot run the stack's image",
             why=str(error),
             fix="see invoke doctor, or use --runtime process",
         ) from error
-    setup = replace(setup, ulimits=limits)
+    setup = replace(setup, ulimits=limits, model=str(folder))
     reasons = (*prepared.site.reasons, *((refused,) if refused else ()))
     ready = replace(prepared, containers=setup, site=replace(prepared.site, reasons=reasons))
     about = {"name": setup.image_name, "id": image.id, "labels": image.labels, "bytes": image.size_bytes}
     return ready, {"image": about, "engine": engine.version}
+
+
+def _ensure(prepared: Prepared, *, builder: Builder, progress: Progress) -> None:
+    ensure_weights(prepared.model, prepared.weights, cache=places.cache(), builder=builder, say=progress.step)
 
 
 def _probe(image: str, *, ulimits: dict[str, int]) -> Container:

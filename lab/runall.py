@@ -131,7 +131,7 @@ def look_ahead(
 def _look(name: str, asked: Asked, *, prepared: Prepared, part: Part | None, dry_run: bool) -> Coming | None:
     """What is to be done for an experiment; None where its run of the series is done."""
     source = load_experiment(name, folder=places.EXPERIMENTS)
-    plan = planned(source, prepared, asked)
+    plan, _ = planned(source, prepared, asked)
     fresh = Coming(experiment=name, plan=plan, seconds=estimate_s(plan))
     if part is None or not part.run:
         return fresh
@@ -144,7 +144,7 @@ def _look(name: str, asked: Asked, *, prepared: Prepared, part: Part | None, dry
         old = read_plan(run)
         if old.runtime != plan.runtime:  # a run keeps its own
             prepared = resolved(asked, runtime=old.runtime, dry_run=dry_run)
-            plan = planned(source, prepared, asked)
+            plan, _ = planned(source, prepared, asked)
         check_resumable(run, old, source=source, plan=plan, repeats=asked.repeats)
         ok = {trial.name for trial in old.trials if _is_ok(run, trial.name)}
     except LabError as error:

@@ -70,6 +70,13 @@ def load_site(name: str, *, folder: Path) -> Site:
     return detect(site, cpus=usable_cpus())
 
 
+def scaled(site: Site, scale: str) -> Site:
+    """The site with the scale that a person asked for, if any; `LabError` for one that does not exist."""
+    if scale and scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    return replace(site, scale=scale) if scale else site  # type: ignore[arg-type]  # one of SCALES
+
+
 def usable_cpus() -> tuple[int, ...]:
     """The CPUs this process may use; all of them where the system does not say (macOS)."""
     if hasattr(os, "sched_getaffinity"):

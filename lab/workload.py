@@ -63,6 +63,10 @@ class Workload:
         """Distinct tokens the load leaves in an unbounded cache."""
         raise NotImplementedError
 
+    def longest_tokens(self) -> int:
+        """Tokens of the longest request, prompt and answer together, from the planned lengths."""
+        raise NotImplementedError
+
     def check(self) -> None:
         """Raise LabError for a dataset the lab has no program for, and for numbers that make no sense."""
         if self.dataset not in DATASETS:
@@ -153,7 +157,10 @@ class RandomIds(Workload):
         return 0.0
 
     def working_set_tokens(self) -> int:
-        return self.prompts * (self.input_tokens + self.output_tokens)
+        return self.prompts * self.longest_tokens()
+
+    def longest_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +208,9 @@ class SharedPrefix(Workload):
         own = self.prompts_per_group * (self.question_tokens + self.output_tokens)
         return self.groups * (self.prefix_tokens + own)
 
+    def longest_tokens(self) -> int:
+        return self.prefix_tokens + self.question_tokens + self.output_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Workload):
@@ -243,3 +253,7 @@ class Chat(Workload):
 
     def working_set_tokens(self) -> int:
         return self.system_tokens + len(self.questions) * self.output_tokens
+
+    def longest_tokens(self) -> int:
+        """Questions are short beside the system prompt, and left out."""
+        return self.system_tokens + self.output_tokens

@@ -75,6 +75,7 @@ def stack_python(stack_dir: Path) -> Path:
 def nano(stack_python: Path) -> Path:
     """The `nano` model in the user's cache."""
     from lab import places
-    from lab.models import ensure_model, get_model, with_python
+    from lab.modelfiles import ensure_model, with_python
+    from lab.models import get_model
 
     return ensure_model(get_model("nano"), cache=places.cache(), builder=with_python(stack_python), say=print)

@@ -335,7 +335,7 @@ def test_a_dry_run_prints_the_script_and_does_nothing(copy: Copy) -> None:
     done = copy.invoke("exp.radix", "--dry-run", "--repeats", "2")
     assert done.code == 0, done.text
     assert subprocess.run(("bash", "-n"), input=done.out, text=True).returncode == 0
-    assert done.out.count("sglang.launch_server") == 4
+    assert done.out.count("sglang.launch_server") == 6
     assert done.out == copy.invoke("exp.radix", "--dry-run", "--repeats", "2").out
     assert snapshot(copy.root) == before
 

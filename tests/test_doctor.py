@@ -319,14 +319,16 @@ def test_a_token_is_said_and_never_printed(where: str, tmp_path: Path) -> None:
     assert "offline" in row.state
 
 
-def test_a_local_model_that_is_gone_and_a_stack_that_asks(tmp_path: Path) -> None:
-    model = replace(CATALOGUE["nano"], name="big", source="local", path=tmp_path / "big")
-    row = limits.model_access((model,), stacks=[replace(CPU, env=())], env={}, home=tmp_path)
+def test_models_that_are_here_and_a_stack_that_asks(tmp_path: Path) -> None:
+    models = tuple(CATALOGUE.values())
+    row = limits.model_access(models, stacks=[replace(CPU, env=())], env={}, home=tmp_path)
     assert not row.good
     assert "stacks cpu may ask a hub" in row.state
-    assert str(tmp_path / "big") in row.fix
-    (tmp_path / "big").mkdir()
-    assert limits.model_access((model,), stacks=STACKS, env={}, home=tmp_path).good
+    assert "not on this machine: llama-3.1-8b, llama-3.1-70b, qwen2.5-7b, mistral-7b" in row.state
+    put(tmp_path / ".cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/abc/config.json", "{}")
+    row = limits.model_access(models, stacks=STACKS, env={}, home=tmp_path)
+    assert row.good
+    assert "in the Hugging Face cache: qwen2.5-7b;" in row.state
 
 
 # -- the engine

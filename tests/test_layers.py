@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULE_LINES = 310
-EXPERIMENT_LINES = 130
+EXPERIMENT_LINES = 140
 
 # In reading order: a module may import only modules that stand before it. A new one is put at its place here.
 ORDER = (
@@ -43,6 +43,10 @@ ORDER = (
         "lab.experiments",
         "lab.models",
         "lab.nano",
+        "lab.dummymodel",
+        "lab.modelfiles",
+        "lab.modelcheck",
+        "lab.weights",
     ),
     *(
         "lab.stackfile",
@@ -66,6 +70,8 @@ ORDER = (
         "lab.told",
         "lab.site",
         "lab.seats",
+        "lab.fit",
+        "lab.fitting",
         "lab.machine",
         "lab.rundir",
         "lab.digest",
@@ -76,6 +82,7 @@ ORDER = (
         "lab.plan",
         "lab.cost",
         "lab.planning",
+        "lab.possible",
     ),
     *("lab.boxes", "lab.shell", "lab.scriptparts", "lab.dockerscript", "lab.commands"),
     *(
@@ -168,6 +175,7 @@ ORDER = (
         "lab.prepare",
         "lab.doctor.show",
         "lab.app",
+        "lab.catalogue",
         "lab.imaging",
         "lab.conduct",
         "lab.runall",

@@ -1,204 +1,221 @@
-"""The model catalogue and the life of a model folder: built once, checked always, never half there."""
+"""The catalogue: its shapes against the published sizes, and the arithmetic of whether a model fits."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lab import models, nano
+from lab.catalogue import text
+from lab.dialect import get_dialect
 from lab.errors import LabError
-from lab.models import Model, ensure_model, get_model, kv_bytes_per_token, with_python
+from lab.fit import Fit, Memory, cannot_divide, fit
+from lab.models import CATALOGUE, get_model, kv_bytes_per_token, parameters, weight_bytes
 
-CONTENT = {"config.json": b"{}\n", "weights": b"\x00\x01\x02"}
-
-# Writes CONTENT into argv[1] and leaves one more line in a diary beside the script.
-GOOD_BUILDER = f"""
-import sys, time
-from pathlib import Path
-out = Path(sys.argv[1])
-out.mkdir()
-time.sleep(0.3)
-for name, data in {CONTENT!r}.items():
-    (out / name).write_bytes(data)
-with Path(__file__).with_name("diary").open("a") as diary:
-    diary.write("built\\n")
-"""
-
-# Is killed while it writes, as by the kernel or an impatient user.
-KILLED_BUILDER = """
-import os, signal, sys
-from pathlib import Path
-out = Path(sys.argv[1])
-out.mkdir()
-(out / "config.json").write_bytes(b"{")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+OLD, NEW = get_dialect("0.4.6.post5"), get_dialect("0.5.21")
+A100 = Memory(mib=81_920, gpu="NVIDIA A100-SXM4-80GB")
+GIB = 2**30
 
 
-@pytest.fixture
-def small() -> Model:
-    """A model of the two files of CONTENT."""
-    sums = tuple((name, hashlib.sha256(data).hexdigest()) for name, data in CONTENT.items())
-    return replace(get_model("nano"), name="small", files=sums)
+def fits(name: str, *argv: str, memory: Memory = A100, longest: int = 2048, new: bool = False) -> Fit:
+    return fit(get_model(name), argv, memory=memory, dialect=NEW if new else OLD, longest=longest)
 
 
-@pytest.fixture
-def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A script in the place of lab/nano.py."""
-    script = tmp_path / "builder.py"
-    script.write_text(GOOD_BUILDER)
-    monkeypatch.setattr(models, "BUILDER", script)
-    return script
+# ---- the catalogue
 
 
-def ensure(model: Model, tmp_path: Path) -> tuple[Path, list[str]]:
-    """The folder and what was said."""
-    said: list[str] = []
-    folder = ensure_model(
-        model, cache=tmp_path / "cache", builder=with_python(Path(sys.executable)), say=said.append
-    )
-    return folder, said
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # total_parameters of each repository's safetensors
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("mistral-7b", 7_248_023_552),
+    ],
+)
+def test_the_shapes_give_the_published_count(name: str, count: int) -> None:
+    assert parameters(get_model(name)) == count
 
 
-def builds(builder: Path) -> int:
-    diary = builder.with_name("diary")
-    return len(diary.read_text().splitlines()) if diary.exists() else 0
+def test_every_entry_is_whole() -> None:
+    assert list(CATALOGUE) == ["nano", "llama-3.1-8b", "llama-3.1-70b", "qwen2.5-7b", "mistral-7b"]
+    for name, model in CATALOGUE.items():
+        assert model.name == name
+        assert model.heads % model.kv_heads == 0
+        assert model.vocab % 64 == 0
+        if model.source == "built":
+            assert all(len(digest) == 64 and int(digest, 16) for _, digest in model.files)
+        else:
+            assert model.repository.count("/") == 1
+            assert model.hidden == model.heads * model.head_dim
+            assert not model.revision or (len(model.revision) == 40 and int(model.revision, 16))
 
 
 def test_unknown_model_lists_the_known() -> None:
     with pytest.raises(LabError) as caught:
         get_model("nanno")
     assert "unknown model 'nanno'" in str(caught.value)
-    assert "the lab knows: nano" in caught.value.why
+    assert "the lab knows: llama-3.1-70b, llama-3.1-8b, mistral-7b, nano, qwen2.5-7b" in caught.value.why
     assert "did you mean 'nano'" in caught.value.fix
-
-
-def test_catalogue_names_and_sums_are_well_formed() -> None:
-    for name, model in models.CATALOGUE.items():
-        assert model.name == name
-        assert model.files, f"{name} has no sums"
-        assert all(len(digest) == 64 and int(digest, 16) for _, digest in model.files)
-
-
-def test_catalogue_agrees_with_the_builder() -> None:
-    model = get_model("nano")
-    assert (model.hidden, model.intermediate, model.layers) == (nano.HIDDEN, nano.INTERMEDIATE, nano.LAYERS)
-    assert (model.heads, model.kv_heads, model.head_dim) == (nano.HEADS, nano.KV_HEADS, nano.HEAD_DIM)
-    assert (model.vocab, model.context) == (nano.VOCAB, nano.CONTEXT)
-    assert model.dtype == nano.model_config()["torch_dtype"]
 
 
 def test_kv_bytes_per_token() -> None:
     # 2 (key and value) x 2 layers x 2 heads x 16 numbers x 4 bytes
     assert kv_bytes_per_token(get_model("nano")) == 512
-    # the example of the handbook: 128 KiB
-    eight_b = replace(get_model("nano"), layers=32, kv_heads=8, head_dim=128, dtype="bfloat16")
-    assert kv_bytes_per_token(eight_b) == 131_072
+    assert kv_bytes_per_token(get_model("llama-3.1-8b")) == 131_072
+    assert kv_bytes_per_token(get_model("qwen2.5-7b")) == 2 * 28 * 4 * 128 * 2
+    big = get_model("llama-3.1-70b")
+    assert [kv_bytes_per_token(big, tp=tp) for tp in (1, 2, 8, 16)] == [327_680, 163_840, 40_960, 40_960]
 
 
-def test_sum_of_a_model_is_what_sha256sum_gives(small: Model, tmp_path: Path) -> None:
-    for name, data in CONTENT.items():
-        (tmp_path / name).write_bytes(data)
-    lines = subprocess.run(
-        ["sha256sum", *sorted(CONTENT)], cwd=tmp_path, capture_output=True, check=True
-    ).stdout
-    assert small.sha256 == hashlib.sha256(lines).hexdigest()
+def test_weights_over_ranks() -> None:
+    big = get_model("llama-3.1-70b")
+    assert weight_bytes(big) == 141_107_412_992
+    # Only the norms are on every rank: 80 layers with two of 8,192 numbers, and one at the end.
+    assert 2 * parameters(big, tp=2) - parameters(big) == (80 * 2 + 1) * 8192
+    # 16 ranks and 8 KV heads: each is there twice.
+    copied = 8 * 80 * 2 * big.hidden * big.head_dim
+    assert 16 * parameters(big, tp=16) - parameters(big) == 15 * (80 * 2 + 1) * 8192 + copied
 
 
-def test_built_once_then_found(small: Model, builder: Path, tmp_path: Path) -> None:
-    folder, said = ensure(small, tmp_path)
-    assert folder == tmp_path / "cache" / "models" / f"small-{small.sha256[:12]}"
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == CONTENT
-    assert len(said) == 1
-    assert ensure(small, tmp_path) == (folder, [])
-    assert builds(builder) == 1
+def test_the_list_says_what_is_missing_and_how_to_get_it(tmp_path) -> None:
+    said = text(cache=tmp_path / "cache", hub=tmp_path / "hub")
+    assert "llama-3.1-70b" in said
+    assert "141 GB" in said
+    assert "70.55 billion parameters" in said
+    assert "ask for access on the page of meta-llama/Llama-3.1-8B-Instruct" in said
+    assert "hf download Qwen/Qwen2.5-7B-Instruct --revision a09a35458c70" in said
 
 
-def test_two_builds_at_once_end_with_one(small: Model, builder: Path, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: ensure(small, tmp_path), range(4)))
-    assert len({folder for folder, _ in results}) == 1
-    assert sum(len(said) for _, said in results) == 1
-    assert builds(builder) == 1
+def test_a_revision_that_is_not_known_is_said_to_be_so() -> None:
+    assert replace(get_model("mistral-7b"), revision="").pinned == "not pinned"
 
 
-def test_killed_build_leaves_nothing_that_counts(small: Model, builder: Path, tmp_path: Path) -> None:
-    builder.write_text(KILLED_BUILDER)
-    with pytest.raises(LabError, match="failed with exit status -9"):
-        ensure(small, tmp_path)
-    assert not (tmp_path / "cache" / "models" / f"small-{small.sha256[:12]}").exists()
-    builder.write_text(GOOD_BUILDER)
-    folder, _ = ensure(small, tmp_path)
-    assert sorted(file.name for file in folder.parent.iterdir() if file.is_dir()) == [folder.name]
+# ---- fit, by hand-checked numbers
 
 
-def test_failed_build_shows_its_last_line(small: Model, builder: Path, tmp_path: Path) -> None:
-    builder.write_text("raise SystemExit('the disk of numbers is empty')")
-    with pytest.raises(LabError) as caught:
-        ensure(small, tmp_path)
-    assert caught.value.why == "the disk of numbers is empty"
-    assert str(builder) in caught.value.fix
+def test_8b_on_one_a100() -> None:
+    """(80 - 1) x 0.88 = 69.52; 69.52 - 14.96 = 54.56 GiB; x 8,192 tokens a GiB."""
+    found = fits("llama-3.1-8b")
+    assert found.refusal == ""
+    assert found.tokens == int((79 * 0.88 - 8_030_261_248 * 2 / GIB) * GIB // 131_072) == 446_975
+    assert "8.03e9 parameters x 2 bytes = 16 GB" in found.words
+    assert "446,975 tokens" in found.words
 
 
-@pytest.mark.usefixtures("builder")
-def test_stack_without_interpreter(small: Model, tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="does not start"):
-        ensure_model(
-            small, cache=tmp_path / "cache", builder=with_python(tmp_path / "no" / "python"), say=print
-        )
+def test_8b_against_a_log_of_sglang() -> None:
+    """SGLang's own log of Llama-3.1-8B on an H100 (81,559 MiB), share 0.88: 27.13 GB of keys, as many of values."""
+    logged = 2 * 27.13 * GIB / 131_072
+    found = fits("llama-3.1-8b", memory=Memory(mib=81_559, gpu="NVIDIA H100 80GB HBM3"))
+    assert found.tokens == pytest.approx(logged, rel=0.01)
 
 
-def test_build_with_other_bytes_is_refused(small: Model, builder: Path, tmp_path: Path) -> None:
-    builder.write_text(GOOD_BUILDER.replace(r"\x02", r"\x03"))
-    with pytest.raises(LabError, match="differs from the catalogue: weights is not the file"):
-        ensure(small, tmp_path)
-    assert not list((tmp_path / "cache" / "models").glob("small-*"))
-
-
-@pytest.mark.usefixtures("builder")
 @pytest.mark.parametrize(
-    ("harm", "word"),
+    ("tp", "share", "tokens"),
     [
-        (lambda folder: (folder / "weights").write_bytes(b"\x00\x01\x03"), "weights is not the file"),
-        (lambda folder: (folder / "weights").write_bytes(b""), "weights is not the file"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "more.safetensors").touch(), "more.safetensors does not belong there"),
+        # (79 GiB x share - 141.1 GB / TP) / KV bytes a token of one rank
+        (2, 0.87, 19_795),
+        (4, 0.85, 449_498),
     ],
 )
-def test_damage_is_named_with_the_remedy(small: Model, harm: object, word: str, tmp_path: Path) -> None:
-    folder, _ = ensure(small, tmp_path)
-    assert callable(harm)
-    harm(folder)
-    with pytest.raises(LabError) as caught:
-        ensure(small, tmp_path)
-    assert word in caught.value.problem
-    assert f"rm -r {folder}" in caught.value.fix
+def test_70b_over_ranks(tp: int, share: float, tokens: int) -> None:
+    found = fits("llama-3.1-70b", "--tp", str(tp))
+    assert found.refusal == ""
+    by_hand = (79 * share * GIB - 70_553_706_496 * 2 / tp) / (327_680 / tp)
+    assert found.tokens == pytest.approx(by_hand, rel=2e-3)  # the norms, on every rank
+    assert found.tokens == tokens
+    assert f"x {share:g} (SGLang's default for TP={tp}" in found.words
 
 
-@pytest.mark.usefixtures("builder")
-def test_cache_that_cannot_be_written(small: Model, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(LabError, match="cannot be written"):
-        ensure(small, tmp_path)
+def test_70b_on_one_gpu_is_refused_with_the_number() -> None:
+    found = fits("llama-3.1-70b")
+    assert found.tokens == 0
+    assert "131.4 GiB of weights leave nothing" in found.refusal
+    assert "70.55e9 parameters x 2 bytes = 141 GB" in found.words
 
 
-def test_local_model(small: Model, builder: Path, tmp_path: Path) -> None:
-    home = tmp_path / "mine"
-    local = replace(small, source="local", path=home)
-    with pytest.raises(LabError, match=r"is not at .*mine"):
-        ensure(local, tmp_path)
-    home.mkdir()
-    for name, data in CONTENT.items():
-        (home / name).write_bytes(data)
-    assert ensure(local, tmp_path) == (home, [])
-    (home / "weights").write_bytes(b"")
-    with pytest.raises(LabError, match="weights is not the file"):
-        ensure(local, tmp_path)
-    assert ensure(replace(local, files=()), tmp_path) == (home, [])
-    assert builds(builder) == 0
+def test_the_share_of_the_new_release() -> None:
+    """512 + 8192 x 1.5 + 1/8 x 1024 + 256 x 2 + 58 graphs x 8 = 13,904 MiB of 81,920 are left alone: 0.83."""
+    found = fits("llama-3.1-8b", new=True)
+    assert "x 0.83 (SGLang's default" in found.words
+    none = fits("llama-3.1-8b", "--disable-cuda-graph", new=True)
+    assert "x 0.842 (SGLang's default" in none.words
+    asked = fits("llama-3.1-8b", "--mem-fraction-static", "0.5", new=True)
+    assert "x 0.5 (--mem-fraction-static" in asked.words
+
+
+def test_eight_bit_keys_take_half() -> None:
+    plain, half = fits("llama-3.1-8b"), fits("llama-3.1-8b", "--kv-cache-dtype", "fp8_e5m2")
+    assert half.tokens == pytest.approx(2 * plain.tokens, abs=1)
+
+
+def test_copied_heads_are_said() -> None:
+    assert "its 8 KV heads are copied on 16 ranks" in fits("llama-3.1-8b", "--tp-size", "16").words
+    assert "copied" not in fits("llama-3.1-8b", "--tp-size", "8").words
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "word"),
+    [
+        ("llama-3.1-8b", 3, "32 attention heads, which 3 tensor-parallel ranks cannot share"),
+        ("qwen2.5-7b", 8, "28 attention heads, which 8"),
+        ("qwen2.5-7b", 7, "18,944 rows of the feed forward part, which 7"),
+        ("nano", 8, "4 attention heads"),
+    ],
+)
+def test_ranks_that_do_not_divide(name: str, tp: int, word: str) -> None:
+    found = fits(name, "--tp", str(tp))
+    assert word in found.refusal
+    assert found.tokens == 0
+
+
+def test_the_other_conditions_of_sharing() -> None:
+    odd = replace(get_model("llama-3.1-8b"), heads=30, kv_heads=10, intermediate=14_340, vocab=192_000)
+    assert "10 KV heads, which 3 ranks can neither" in cannot_divide(odd, tp=3)
+    wide = replace(odd, kv_heads=3, vocab=32_064)
+    assert cannot_divide(wide, tp=3) == ""
+    assert "32,128 entries of the vocabulary" in cannot_divide(replace(wide, vocab=32_100), tp=3)
+
+
+def test_a_pool_that_does_not_fit_and_one_that_does() -> None:
+    small = fits("llama-3.1-70b", "--tp", "2", "--max-total-tokens", "16000")
+    assert (small.refusal, small.tokens) == ("", 16_000)
+    assert "--max-total-tokens 30,000 are asked for, 19,795 fit" in (
+        fits("llama-3.1-70b", "--tp", "2", "--max-total-tokens", "30000").refusal
+    )
+
+
+def test_a_request_that_does_not_fit() -> None:
+    assert (
+        "the longest request needs 20,000 tokens, the KV cache holds 19,795"
+        in fits("llama-3.1-70b", "--tp", "2", longest=20_000).refusal
+    )
+    assert "has 40,000 tokens, qwen2.5-7b takes 32,768" in fits("qwen2.5-7b", longest=40_000).refusal
+
+
+def test_a_machine_without_gpu() -> None:
+    machine = Memory(mib=24_000, base_gib=3.0)
+    assert (
+        "29.9 GiB of weights leave nothing"
+        in fits("llama-3.1-8b", "--dtype", "float32", memory=machine).refusal
+    )
+    assert fits("nano", "--max-total-tokens", "8192", memory=machine).tokens == 8192
+    unknown = fits("llama-3.1-8b", memory=Memory(mib=None))
+    assert unknown.refusal == ""
+    assert "not known: not checked" in unknown.words
+
+
+@given(
+    mib=st.integers(24_000, 300_000),
+    share=st.floats(0.3, 0.99),
+    tp=st.sampled_from([1, 2, 4]),
+    name=st.sampled_from(sorted(CATALOGUE)),
+)
+def test_more_memory_never_holds_less(mib: int, share: float, tp: int, name: str) -> None:
+    argv = ("--tp", str(tp), "--mem-fraction-static", f"{share:.3f}")
+    few, more = (fits(name, *argv, memory=Memory(mib=size, gpu="x")) for size in (mib, mib + 1000))
+    assert few.tokens <= more.tokens
+    assert few.refusal or not more.refusal

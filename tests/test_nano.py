@@ -18,8 +18,9 @@ import httpx
 import pytest
 from parts import need
 
-from lab import models, nano
-from lab.models import ensure_model, get_model, with_python
+from lab import modelfiles, nano
+from lab.modelfiles import ensure_model, with_python
+from lab.models import get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDBOOK = ROOT / "lab" / "data" / "handbook.md"
@@ -85,7 +86,7 @@ def test_same_bytes_whatever_the_threads_and_hash_seed(python: Path, tmp_path: P
     expected = "".join(f"{digest}  {name}\n" for name, digest in get_model("nano").files)
     for number in ("1", "3"):
         env = {"PATH": os.environ["PATH"], "RAYON_NUM_THREADS": number, "PYTHONHASHSEED": number}
-        command = [python, models.BUILDER, tmp_path / number]
+        command = [python, modelfiles.BUILDER, tmp_path / number]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         assert done.stdout == expected, (
             "not the sums of the catalogue: if nano was changed on purpose, put these there"
@@ -269,4 +270,4 @@ def test_chat_answers_are_plain_text(server: httpx.Client) -> None:
 
 def test_serving_leaves_the_folder_as_it_was(server: httpx.Client, folder: Path) -> None:
     assert server.get("/health").status_code == 200
-    assert models.find_damage(get_model("nano"), folder=folder) == ""
+    assert modelfiles.find_damage(get_model("nano"), folder=folder) == ""

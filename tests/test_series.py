@@ -101,7 +101,7 @@ class StandIn:
         made = make_run(places.ROOT, repeats=asked.repeats or source.experiment.repeats, source=source)
         count = len(list_runs(places.RUNS, experiment=name))
         run = Run(made.path.rename(made.path.with_name(f"2026010{count}T000000Z-000{count}")))
-        plan = planned(source, resolved(asked, runtime="", dry_run=False), asked)
+        plan, _ = planned(source, resolved(asked, runtime="", dry_run=False), asked)
         write_text(run.plan, to_json(plan))
         return run
 

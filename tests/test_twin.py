@@ -23,9 +23,10 @@ from packaging.requirements import Requirement
 from parts import need
 from realstack import real_stack
 
-from lab import models, places
+from lab import modelfiles, places
 from lab.images.context import stage, stage_name
-from lab.models import ensure_model, get_model, with_python
+from lab.modelfiles import ensure_model, with_python
+from lab.models import get_model
 from lab.read.requestecho import read_echo
 from lab.rundir import Run, read_json
 from lab.stack import Stack, load_stack
@@ -286,7 +287,7 @@ def test_it_builds_the_same_nano(tmp_path: Path) -> None:
     _, folder = real_stack("cpu046")
     model = get_model("nano")
     made = ensure_model(model, cache=tmp_path, builder=with_python(python_of(folder)), say=print)
-    assert models.find_damage(model, folder=made) == ""
+    assert modelfiles.find_damage(model, folder=made) == ""
 
 
 # ---- served by the lab

@@ -13,6 +13,7 @@ from lab.hardware.sysfs import format_list
 from lab.models import Model
 from lab.runtime.ports import describe, holder
 from lab.stack import Stack
+from lab.weights import hub_cache, snapshots
 
 SYS_ADMIN, PERFMON = 21, 38  # bits of CapEff, by include/uapi/linux/capability.h
 PARANOID_LIMIT = 2  # above, perf_event_open is closed to users: Documentation/admin-guide/sysctl/kernel.rst
@@ -150,20 +151,25 @@ def model_access(
     models: Sequence[Model], *, stacks: Sequence[Stack], env: Mapping[str, str], home: Path
 ) -> Finding:
     """Where the models come from, and whether anything is looked up on a hub. Says whether a token is there, never what."""
-    words = [
-        f"{model.name} {'is made here, not gated' if model.source == 'built' else f'lies in {model.path}'}"
-        for model in models
-    ]
-    missing = [model for model in models if model.source == "local" and not (model.path or home).is_dir()]
+    hub = hub_cache(env, home=home)
+    here = [m.name for m in models if m.source == "hub" and any(snapshots(m, hub=hub).glob("*/config.json"))]
+    away = [m.name for m in models if m.source == "hub" and m.name not in here]
+    words = [f"{model.name} is made here, not gated" for model in models if model.source == "built"]
+    words += [f"in the Hugging Face cache: {', '.join(here)}"] if here else []
+    words += [f"not on this machine: {', '.join(away)} (invoke models says how to get them)"] if away else []
     online = [stack.name for stack in stacks if dict(stack.env).get("HF_HUB_OFFLINE") != "1"]
     words.append(f"stacks {', '.join(online)} may ask a hub" if online else "servers ask no hub (offline)")
-    words.append("a hub token is set, not needed" if _has_token(env, home) else "no hub token, none needed")
+    words.append(
+        "a hub token is set, the lab does not use it"
+        if _has_token(env, home)
+        else "no hub token, none needed"
+    )
     return finding(
         "model access",
-        good=not missing,
+        good=not online,
         state="; ".join(words),
         matters="a server that waits for a download is no measurement",
-        fix=f"put {', '.join(str(model.path) for model in missing)} in place",
+        fix="set HF_HUB_OFFLINE in the stack's file" if online else "",
     )
 
 

@@ -14,7 +14,8 @@ import psutil
 from lab import places
 from lab.doctor.finding import Finding
 from lab.errors import LabError
-from lab.models import find_damage, get_model
+from lab.modelfiles import find_damage
+from lab.models import get_model
 from lab.rundir import RUN_DISK_GB
 from lab.site import load_site, usable_cpus
 from lab.stack import Stack, check_platform
