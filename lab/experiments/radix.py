@@ -7,6 +7,10 @@ from lab.workload import Chat, RandomIds, SharedPrefix
 # The pool of KV slots holds the working set of `chat` and `shared`, and less than half of that of `pressure`.
 POOL_TOKENS = 8192
 
+def pressure(column: str) -> Measure:
+    return Measure(table="loads", load="pressure", column=column)
+
+
 EXPERIMENT = Experiment(
     name="radix",
     question="How does RadixAttention's prefix cache behave: what does it save, and when does it forget?",
@@ -18,9 +22,11 @@ computed, because its logits choose the first output token.
 
 That makes three things observable. The **first** request with a prefix finds nothing: `cached_tokens` is 0 and
 it pays the full prefill. **Later** requests find the prefix: they prefill only their own question, so their
-time to first token falls. The tree lives in the same pool of KV slots as running requests; when a new request
-needs slots and none are free, the **least recently used leaves are evicted**. A prefix that was evicted is computed
-again by the next request that needs it, as if it had never been seen.
+time to first token falls. The tree **grows by what is new**: a first request adds prompt and answer, a later one only its own
+question and answer, so a prefix is stored once, however many share it. The tree lives in the same pool of KV slots as running requests; when a new
+request needs slots and none are free, **leaves are evicted, least recently used first** (`lru`). A prefix becomes a leaf once all
+that hangs below it is gone; evicted, it is computed again by the next request that needs it, as if it had never been seen. With `lfu` the leaf that was
+**used least often** goes first, the older one of equals: one-time tails go before any prefix that two requests have shared.
 
 The server runs with a pool of 8,192 KV slots. `chat` and `shared` fit into it; `pressure` needs about
 18,000, so the cache has to forget. Requests are sent one at a time: time to first token is then prefill time, with
@@ -29,78 +35,84 @@ no queue in it, and the order of cache accesses is known.""",
         "`sglang/srt/mem_cache/radix_cache.py`: `match_prefix`, `insert`, `evict` (0.5.21 serves from "
         "`unified_radix_cache.py`, same operations)",
         "`sglang/srt/managers/schedule_policy.py`: `PrefillAdder`, where a request's matched prefix is subtracted from its cost",
-        "`sglang/srt/mem_cache/memory_pool.py`: the slots the tree's entries point to",
+        "`sglang/srt/mem_cache/memory_pool.py`: the slots the tree's entries point to; `evict_policy.py` (0.5.21): what goes first",
     ),
     server=("--max-total-tokens", str(POOL_TOKENS)),
     variants=(
         Variant(name="cache-on", says="SGLang as it comes, radix cache on"),
         Variant(name="cache-off", says="the control: no prefix reuse", args=("--disable-radix-cache",)),
+        Variant(name="lfu", says="evicts what was used least often", args=("--radix-eviction-policy", "lfu")),
     ),
     loads=(
         RandomIds(name="warmup", role="warmup", seed=100, prompts=3, input_tokens=2048, output_tokens=16),
         Chat(
-            name="chat", seed=0, questions=("What is Python?", "What is JavaScript?", "What is Rust?"),
+            name="chat", seed=0, variants=("cache-on", "cache-off"), questions=("What is Python?", "What is JavaScript?", "What is Rust?"),
             system_chars=8500, system_tokens=2010, output_tokens=32,
         ),
         SharedPrefix(
-            name="shared", seed=200, groups=2, prompts_per_group=6,
+            name="shared", seed=200, groups=2, prompts_per_group=6, variants=("cache-on", "cache-off"),
             prefix_tokens=2048, question_tokens=64, output_tokens=16,
         ),
         SharedPrefix(
-            name="pressure", seed=300, groups=8, prompts_per_group=3, variants=("cache-on",),
+            name="pressure", seed=300, groups=8, prompts_per_group=3, variants=("cache-on", "lfu"),
             prefix_tokens=2048, question_tokens=64, output_tokens=16,
         ),
     ),
     claims=(
         Claim(
-            name="cold-start",
-            says="The first request of a prefix is a full prefill: nothing of it comes from the cache.",
+            name="cold-start", says="The first request of a prefix is a full prefill: nothing of it comes from the cache.",
             measure=Measure(table="requests", load="chat", column="cached_tokens", rows="first", reduce="max"),
             variant="cache-on", op="<=", threshold=0,
         ),
         Claim(
-            name="prefix-hit",
-            says="Later requests take the shared system prompt from the cache.",
+            name="prefix-hit", says="Later requests take the shared system prompt from the cache.",
             measure=Measure(table="requests", load="chat", column="cached_share", rows="later", reduce="min"),
             variant="cache-on", op=">", threshold=0.9,
         ),
         Claim(
-            name="ttft-falls",
-            says="Their time to first token falls, against the same requests without the cache.",
+            name="ttft-falls", says="Their time to first token falls, against the same requests without the cache.",
             measure=Measure(table="requests", load="chat", column="ttft_ms", rows="later"),
             variant="cache-on", against="cache-off", op="<", threshold=0.7,
         ),
         Claim(
-            name="hit-share",
-            says="With a pool that holds the working set, most prompt tokens come from the cache.",
-            measure=Measure(table="loads", load="shared", column="hit_rate"),
-            variant="cache-on", op=">", threshold=0.7,
+            name="hit-share", says="With a pool that holds the working set, most prompt tokens come from the cache.",
+            measure=Measure(table="loads", load="shared", column="hit_rate"), variant="cache-on", op=">", threshold=0.7,
         ),
         Claim(
-            name="ttft-falls-shared",
-            says="The same holds with more prefixes: time to first token of later requests falls.",
+            name="ttft-falls-shared", says="The same holds with more prefixes: time to first token of later requests falls.",
             measure=Measure(table="requests", load="shared", column="ttft_ms", rows="later"),
             variant="cache-on", against="cache-off", op="<", threshold=0.7,
         ),
         Claim(
-            name="eviction",
-            says="A pool smaller than the working set evicts prefixes that are asked for again.",
-            measure=Measure(table="loads", load="pressure", column="groups_evicted"),
-            variant="cache-on", op=">=", threshold=1,
+            name="stored-once",
+            says="Sharing saves memory: the tree stores less than a third of what caches of their own would hold.",
+            measure=Measure(table="loads", load="shared", column="saved_share"), variant="cache-on", op=">", threshold=0.67,
+        ),
+        Claim(
+            name="nothing-forgotten", says="As long as the pool holds everything, no node is evicted.",
+            measure=Measure(table="loads", load="shared", column="nodes_evicted"), variant="cache-on", op="<=", threshold=0,
+        ),
+        Claim(
+            name="tree-fills-pool", says="Under pressure the tree grows until it fills the pool.",
+            measure=pressure("tree_tokens_max"), variant="cache-on", op=">", threshold=0.9 * POOL_TOKENS,
+        ),
+        Claim(
+            name="eviction", says="A pool smaller than the working set evicts prefixes that are asked for again.",
+            measure=pressure("groups_evicted"), variant="cache-on", op=">=", threshold=1,
         ),
         Claim(
             name="eviction-cost",
             says="Eviction costs hits: at least a tenth of the prompt tokens that a cache without limit would have served.",
-            measure=Measure(table="loads", load="pressure", column="hit_rate_lost"),
-            variant="cache-on", op=">", threshold=0.1,
+            measure=pressure("hit_rate_lost"), variant="cache-on", op=">", threshold=0.1,
         ),
         Claim(
             name="eviction-order",
             says="What is forgotten is what was used least recently: an LRU model tells for each request whether its prefix is left.",
-            measure=Measure(table="loads", load="pressure", column="lru_agreement"),
-            variant="cache-on", op=">", threshold=0.9,
+            measure=pressure("lru_agreement"), variant="cache-on", op=">", threshold=0.9,
         ),
     ),
+    probe="cache",
+    pictures=("ttft", "cached-share", "eviction", "tree"),
     published=(
         Published(
             figure="hit rate 75 % against 20 %, throughput 158,596 against 82,665 tokens/s",
