@@ -156,6 +156,10 @@ DIALECTS = (
         # The health endpoint would otherwise generate a token on every call, which puts a request of ours
         # into the cache and the counters; log lines get milliseconds.
         server_env=(("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "false"), ("SGLANG_LOG_MS", "1")),
+        on_cpu=(
+            ("--page-size", "1", "its paged allocator is a Triton kernel"),
+            ("--attention-backend", "torch_native", "the others need a GPU, or Triton's interpreter"),
+        ),
         evicted_total="evicted_tokens_total",
         retracted_total="num_retracted_requests_total",
         records="export",

@@ -17,7 +17,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from lab.claims import Capability, Claim, Op, Reduce, Rows, Table
+from lab.claims import By, Capability, Claim, Op, Reduce, Rows, Table
 from lab.errors import LabError, unknown_name
 from lab.hardware.fabric import LinkWish
 from lab.workload import Workload
@@ -207,7 +207,8 @@ def check(experiment: Experiment) -> None:
         for name in load.variants:
             _known("variant", name, variants)
     for claim in experiment.claims:
-        _known("load", claim.measure.load, loads)
+        for measure in (claim.measure, claim.base or claim.measure):
+            _known("load", measure.load, loads)
         for name in (claim.variant, *((claim.against,) if claim.against else ())):
             _known("variant", name, variants)
         _check_words(claim)
@@ -215,12 +216,13 @@ def check(experiment: Experiment) -> None:
 
 def _check_words(claim: Claim) -> None:
     """A wrong word in a claim must not be found out after the measurement."""
-    measure = claim.measure
+    measures = (claim.measure, claim.base or claim.measure)
     for kind, word, valid in (
         ("op", claim.op, get_args(Op)),
-        ("table", measure.table, get_args(Table)),
-        ("rows", measure.rows, get_args(Rows)),
-        ("reduce", measure.reduce, get_args(Reduce)),
+        ("by", claim.by, get_args(By)),
+        *(("table", measure.table, get_args(Table)) for measure in measures),
+        *(("rows", measure.rows, get_args(Rows)) for measure in measures),
+        *(("reduce", measure.reduce, get_args(Reduce)) for measure in measures),
         *(("capability", need, get_args(Capability)) for need in claim.needs),
     ):
         if word not in valid:

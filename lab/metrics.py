@@ -57,7 +57,7 @@ _TABLE = (
         "evicted_tokens",
         "tokens",
         0,
-        "KV slots freed by eviction during the load (sglang:evicted_tokens_total)",
+        "KV slots freed by eviction during the load (sglang:evicted_tokens_total; on 0.4.6 by the probe)",
     ),
     (
         "groups_evicted",

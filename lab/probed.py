@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isnan
 
 import pandas as pd
 
@@ -55,18 +56,19 @@ class Probed:
         """`forwards.request_table`, or None."""
         return None if self.file is None else request_table(self.file)
 
-    def numbers(
-        self, load: str, passes: pd.DataFrame, *, asked_policy: str, pool_tokens: float
-    ) -> dict[str, float]:
-        """Every number of a load that the probe gives."""
+    def complete(
+        self, numbers: dict[str, float], *, load: str, passes: pd.DataFrame, asked_policy: str
+    ) -> None:
+        """Add every number that the probe gives of a load, and the evicted tokens where the release does not count them."""
         if self.file is None:
-            return {}
+            return
         window = self.windows[load]
-        return {
-            **batch_numbers(passes, asked_policy=asked_policy, pool_tokens=pool_tokens),
-            **retraction_numbers(self.file, window),
-            **tree_numbers(self.file, window),
-        }
+        numbers |= batch_numbers(
+            passes[passes["load"] == load], asked_policy=asked_policy, pool_tokens=numbers["pool_tokens"]
+        )
+        numbers |= {**retraction_numbers(self.file, window), **tree_numbers(self.file, window)}
+        if isnan(numbers["evicted_tokens"]):
+            numbers["evicted_tokens"] = float(totals(self.file, window=window).evicted_tokens)
 
     def in_use(self) -> Check:
         """Whether what is written is all there was."""
@@ -88,7 +90,7 @@ class Probed:
         for file in (self.file, *self.others):
             for name, value in _sums(totals(file, window=self.windows[load])).items():
                 count = counted.get(name, float("nan"))
-                if count != count:  # the release counts no such thing
+                if isnan(count):  # the release counts no such thing
                     continue
                 compared.append(name)
                 if value != count:

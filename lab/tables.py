@@ -184,15 +184,10 @@ def _measured(
             logged_retractions=_retractions(log, windows[step.name]),
             answers=answers,
         )
-        own = passes[passes["load"] == step.name]
-        load.numbers.update(
-            probed.numbers(
-                step.name,
-                own,
-                asked_policy=str(info.get("schedule_policy", "")),
-                pool_tokens=load.numbers["pool_tokens"],
-            )
-        )
+        if plan.probe != "off":
+            checks.append((step.name, probed.fits(step.name, load.numbers)))
+        policy = str(info.get("schedule_policy", ""))
+        probed.complete(load.numbers, load=step.name, passes=passes, asked_policy=policy)
         rows.loads.append({**keys_of(trial, step), **load.numbers})
         rows.metrics += load.metrics
         tokens[step.name] = float(load.requests["completion_tokens"].sum()) if len(load.requests) else 0.0
@@ -200,8 +195,6 @@ def _measured(
             rows.requests.append(load.requests)
         unread += load.notes
         checks += [(step.name, check) for check in load_checks(step, load.numbers, load.requests)]
-        if plan.probe != "off":
-            checks.append((step.name, probed.fits(step.name, load.numbers)))
     if plan.probe != "off":
         checks.append(("", probed.in_use()))
     rows.forwards.append(_with_keys(passes.drop(columns="worked"), trial))

@@ -377,7 +377,9 @@ def test_what_a_release_cannot_do_without_a_gpu_is_left_out_there_only(
 ) -> None:
     assert OLD.refused(args, device="cpu") == ((reason,) if reason else ())
     assert OLD.refused(args, device="cuda") == ()
-    assert NEW.refused(args, device="cpu") == ()
+    both = reason and "tp-size" not in reason  # ranks on CPUs came later
+    assert bool(NEW.refused(args, device="cpu")) == bool(both)
+    assert NEW.refused(args, device="cuda") == ()
     radix = small()
     experiment = replace(
         radix, variants=(*radix.variants, replace(radix.variants[0], name="more", args=args))

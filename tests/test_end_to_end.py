@@ -80,7 +80,7 @@ def test_radix_gives_a_verdict_for_every_claim_and_a_report(radix: tuple[int, st
     assert {v["claim"] for v in verdicts if v["outcome"] == "held"} >= sure
     assert f"report: {run.relative_to(run.parents[2])}/report.md" in output
     report = (run / "report.md").read_text()
-    for picture in ("ttft.png", "cached-share.png", "eviction.png"):
+    for picture in ("ttft.png", "cached-share.png", "eviction.png", "tree.png"):
         assert f"plots/{picture}" in report
         assert (run / "plots" / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -232,7 +232,9 @@ def test_events_that_are_not_whole_give_no_numbers_and_say_why(
     assert check.ok
     assert check.detail.startswith(UNTESTED), "not a reason to throw away what clients measured"
     assert probed.forwards().empty
-    assert probed.numbers("load", probed.forwards(), asked_policy="fcfs", pool_tokens=1.0) == {}
+    found = {"pool_tokens": 1.0, "evicted_tokens": math.nan}
+    probed.complete(found, load="load", passes=probed.forwards(), asked_policy="fcfs")
+    assert set(found) == {"pool_tokens", "evicted_tokens"}
     assert probed.fits("load", {}).detail.startswith(UNTESTED)
 
 
@@ -255,6 +257,16 @@ def test_events_and_counters_must_agree_on_every_rank(tmp_path: Path) -> None:
     assert not probed.fits("load", {**counted, "evicted_tokens": 9.0}).ok
     assert probed.fits("load", {"evicted_tokens": math.nan}).ok, "a release without such a counter"
     assert "2 ranks" in probed.in_use().detail
+
+
+def test_the_probe_counts_evictions_where_the_release_does_not(tmp_path: Path) -> None:
+    write(tmp_path / "events", header(), event("evict", 1.5, wanted_tokens=8, tokens=8))
+    probed = read_probe(TrialFiles(tmp_path), WINDOWS, level="cache")
+    for counted, expected in ((math.nan, 8.0), (9.0, 9.0)):
+        found = {"pool_tokens": 100.0, "evicted_tokens": counted}
+        probed.complete(found, load="load", passes=probed.forwards(), asked_policy="fcfs")
+        assert found["evicted_tokens"] == expected
+        assert found["prefill_passes"] == 0
 
 
 def test_a_claim_is_told_why_its_column_is_not_there(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def _markdown(
         run=run.path.name,
         sealed=run.sums.is_file(),
         plan=plan,
-        silent=dialect_of(plan.sglang).silent,
+        silent=[
+            (column, why) for column, why in dialect_of(plan.sglang).silent if not _known(column, tables)
+        ],
         experiment=experiment,
         claims={c.name: c for c in plan.claims},
         verdicts=verdicts,
@@ -106,6 +108,11 @@ def _markdown(
         passed=_passed(checks),
         seats=_seats(plan),
     )
+
+
+def _known(column: str, tables: Mapping[str, pd.DataFrame]) -> bool:
+    """Whether a column that the release is silent about came from elsewhere, such as the probe."""
+    return any(column in tables[n] and bool(tables[n][column].notna().any()) for n in ("loads", "requests"))
 
 
 def _passed(checks: pd.DataFrame) -> dict[str, str]:
