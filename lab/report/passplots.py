@@ -102,16 +102,22 @@ def steps(forwards: pd.DataFrame) -> Figure | None:
     variants = list(dict.fromkeys(forwards["variant"]))
     for axis, load in zip(axes[0], loads, strict=True):
         part = decode[decode["load"] == load]
+        most = max(4.0, float(part["requests"].max()))
         for i, variant in enumerate(variants):
             own = part[part["variant"] == variant]
             if own.empty:
                 continue
             shown = own.iloc[:: max(1, len(own) // MOST_POINTS)]
-            x = shown["requests"] + (i - (len(variants) - 1) / 2) * 0.15
+            aside = (i - (len(variants) - 1) / 2) * 0.012 * most
+            x = shown["requests"] + aside
             colour = COLOURS[i % len(COLOURS)]
             axis.scatter(x, shown["run_ms"], s=6, color=colour, alpha=0.25, linewidths=0)
             medians = own.groupby("requests")["run_ms"].median()
-            axis.plot(medians.index, medians, color=colour, linewidth=1.3, label=f"{variant}, median")
+            axis.plot(
+                medians.index + aside, medians, "o-", color=colour, markersize=3.5, linewidth=1, label=variant
+            )
+        axis.set_xlim(0, most * 1.08)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(0, float(part["run_ms"].quantile(0.99)) * 1.2)
         axis.set_title(load)
         axis.set_xlabel("requests in the batch")

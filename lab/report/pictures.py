@@ -68,7 +68,7 @@ DRAWINGS: Mapping[Picture, Drawing] = {
     ),
     "steps": Drawing(
         draw=lambda tables: passplots.steps(tables["forwards"]),
-        caption="How long a decode pass took, by the size of its batch. Points are passes, lines their medians.",
+        caption="How long a decode pass took, by the size of its batch. Small points are passes, large ones the medians of each batch size.",
     ),
 }
 
