@@ -93,7 +93,10 @@ def find_run(which: str | None, *, experiment: str | None = None) -> Run:
 
 def list_all_runs() -> int:
     """Print every run with its state, oldest first."""
-    for run in list_runs(places.RUNS):
+    runs = list_runs(places.RUNS)
+    if not runs:
+        print("no runs yet; make one: invoke exp.radix")
+    for run in runs:
         print(f"{run.path.parent.name}/{run.path.name}  {_state_of(run)}")
     return 0
 

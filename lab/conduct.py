@@ -46,8 +46,9 @@ RUN_README = """\
 
 Raw, as measured: `plan.json` (everything that was to be done), `commands.sh` (the same without the lab),
 `experiment.py` (the experiment's file), `environment.json` and `uncommitted.diff` (machine and code), `trials/`
-(one folder a trial: status, logs, the server's arguments and its record of each request; below `loads/` what the
-client saw and the metrics before and after). `SHA256SUMS` lists it all: `sha256sum --check --quiet SHA256SUMS`.
+(one folder a trial: status, logs, the server's arguments and its record of each request; below `events/` what the
+probe saw inside it, below `loads/` what the client saw and the metrics before and after). `SHA256SUMS` lists it all:
+`sha256sum --check --quiet SHA256SUMS`.
 
 Derived, rebuilt by `invoke report --run {name}`: `tables/`, `verdicts.json`, `plots/`, `report.md`.
 """
