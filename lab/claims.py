@@ -105,9 +105,15 @@ class Verdict:
         """The number with unit, interval, for a ratio its two sides, and n; "none" where there is none."""
         if self.value is None:
             return "none"
-        text = f"{self.value:.3g} {self.unit}".rstrip()
+        text = f"{_short(self.value)} {self.unit}".rstrip()
         if self.low is not None and self.high is not None:
-            text += f" [{self.low:.3g}, {self.high:.3g}]"
+            text += f" [{_short(self.low)}, {_short(self.high)}]"
         if self.levels is not None:
-            text += f" ({self.levels[0]:.3g} against {self.levels[1]:.3g} {self.level_unit})"
+            left, right = map(_short, self.levels)
+            text += f" ({left} against {right} {self.level_unit})".replace(" )", ")")
         return f"{text}, n = {self.n}"
+
+
+def _short(value: float) -> str:
+    """Three digits, and no exponent for a number that people read as a whole one."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"

@@ -264,3 +264,11 @@ def test_a_difference_where_a_side_can_be_0() -> None:
     assert verdict.value == pytest.approx(0.66)
     assert verdict.unit == ""
     assert claim.expectation() == "on - off > 0.5"
+
+
+def test_large_numbers_are_written_out() -> None:
+    verdict = Verdict(
+        claim="c", outcome="held", reason="r", unit="ratio", n=3, value=1670.4, low=0.00123456, high=1989.9,
+        levels=(1630.0, 0.977), level_unit="",
+    )  # fmt: skip
+    assert verdict.number() == "1,670 ratio [0.00123, 1,990] (1,630 against 0.977), n = 3"
