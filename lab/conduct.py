@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from lab import commands, places, scratch
-from lab.app import explanation, find_run, report
+from lab.app import explanation, report
 from lab.choice import fitting_stack
 from lab.errors import LabError
 from lab.execute import execute
@@ -25,12 +25,13 @@ from lab.hardware.model import to_json as to_json_hardware
 from lab.images.context import check_lock
 from lab.machine import describe, uncommitted
 from lab.models import get_model
-from lab.plan import Plan, read_plan, to_json
+from lab.plan import Plan, to_json
 from lab.planning import make_plan
 from lab.possible import possible
 from lab.prepare import NoImageError, Prepared, make, resolve, without_containers
 from lab.progress import Progress
-from lab.rundir import RUN_DISK_GB, Run, fresh_name, verify, write_json, write_text
+from lab.resume import check_image, check_resumable, to_resume
+from lab.rundir import RUN_DISK_GB, Run, fresh_name, write_json, write_text
 from lab.runtime.base import Runtime
 from lab.runtime.docker import DockerRuntime, sweep
 from lab.runtime.gpulock import gpus_locked, shared_folder
@@ -90,7 +91,7 @@ def run_experiment(
     if explain:
         print(explanation(source.experiment))
         return 0
-    old = _to_resume(name, resume) if resume else None
+    old = to_resume(name, resume) if resume else None
     prepared = resolved(asked, runtime=old[1].runtime if old else "", dry_run=dry_run)
     plan, fits = planned(source, prepared, asked)  # made before anything is built, for what it refuses
     prepared = replace(prepared, site=replace(prepared.site, reasons=(*prepared.site.reasons, *fits)))
@@ -120,7 +121,7 @@ def run_experiment(
             prepared, software = make(prepared, progress=progress)
         if old:
             run, plan = old
-            _check_image(plan, prepared)
+            check_image(plan, prepared)
         else:
             plan, _ = planned(source, prepared, asked)
             run = _new_run(plan, source, prepared=prepared, software=software)
@@ -264,46 +265,3 @@ def _not_writable(error: OSError) -> LabError:
         why=f"{error.strerror}: {error.filename}",
         fix="make runs/ writable, or run the lab from a checkout that is",
     )
-
-
-def _to_resume(name: str, which: str | bool) -> tuple[Run, Plan]:
-    """The run to go on with, and its plan."""
-    run = find_run(which if isinstance(which, str) else None, experiment=name)
-    if run.sums.is_file():
-        verify(run)
-    return run, read_plan(run)
-
-
-def check_resumable(run: Run, old: Plan, *, source: Source, plan: Plan, repeats: int | None) -> None:
-    """`LabError` when the experiment or the software is not what the run's plan says; `plan` is today's."""
-    if old.experiment_sha256 != source.sha256:
-        raise LabError(
-            f"run {run.path.name} cannot be resumed: lab/experiments/{old.experiment}.py has changed since",
-            why="its claims and loads were registered with the old file",
-            fix="start a new run, or restore the file from the run's experiment.py",
-        )
-    if repeats not in (None, old.repeats):
-        raise LabError(
-            f"run {run.path.name} was planned with {old.repeats} repeats, not {repeats}",
-            why="a plan is not changed once its run has begun",
-            fix="leave --repeats out, or start a new run",
-        )
-    before = (old.runtime, old.places, old.model, old.model_sha256)
-    if before != (plan.runtime, plan.places, plan.model, plan.model_sha256):
-        raise LabError(
-            f"run {run.path.name} cannot be resumed: it used another runtime, stack or model",
-            why=f"planned {old.runtime} {old.model} {old.places}, now {plan.runtime} {plan.model} {plan.places}",
-            fix="name the same --runtime, --stack, --model and --weights, or start a new run",
-        )
-
-
-def _check_image(old: Plan, prepared: Prepared) -> None:
-    """`LabError` when the image is another one than the run began with."""
-    before = old.containers.image if old.containers else ""
-    now = prepared.containers.image if prepared.containers else ""
-    if before != now:
-        raise LabError(
-            "the run cannot be resumed: its image is not the stack's image any more",
-            why=f"it began with {before}, now there is {now}",
-            fix="start a new run",
-        )

@@ -212,6 +212,27 @@ def check(experiment: Experiment) -> None:
         for name in (claim.variant, *((claim.against,) if claim.against else ())):
             _known("variant", name, variants)
         _check_words(claim)
+        _check_sides(claim, experiment)
+
+
+def _check_sides(claim: Claim, experiment: Experiment) -> None:
+    """Each side of a claim must be measured: its variant runs its load, and its rows are of its table."""
+    sides = {(claim.variant, claim.measure), (claim.against or claim.variant, claim.base or claim.measure)}
+    for variant, measure in sorted(sides, key=str):
+        run = [load.name for load in experiment.loads_of(variant)]
+        if measure.load not in run:
+            raise LabError(
+                f"claim {claim.name!r}: variant {variant!r} does not run load {measure.load!r}",
+                why=f"it runs {', '.join(run)}",
+                fix="name another load, or let the load's variants include it",
+            )
+        rows = {"requests": ("all", "first", "later"), "forwards": ("all", "prefill", "decode")}
+        if measure.rows not in rows.get(measure.table, get_args(Rows)):
+            raise LabError(
+                f"claim {claim.name!r}: the table {measure.table!r} has no rows {measure.rows!r}",
+                why="first and later are of requests, prefill and decode of forwards",
+                fix=f"use one of {', '.join(rows[measure.table])}",
+            )
 
 
 def _check_words(claim: Claim) -> None:

@@ -93,6 +93,8 @@ def cannot_divide(model: Model, *, tp: int) -> str:
     The conditions of SGLang's layers: heads and the feed forward part are cut into equal parts, KV heads too or each is
     copied on as many ranks, and so is the vocabulary, after padding to a multiple of 64.
     """
+    if tp < 1:
+        return f"a server has at least 1 rank, not {tp}"
     padded = -(-model.vocab // 64) * 64
     parts = {"attention heads": model.heads, "rows of the feed forward part": model.intermediate}
     parts["entries of the vocabulary"] = padded

@@ -64,7 +64,10 @@ def _fix(experiment: Experiment, *, model: Model, stack: Stack, hardware: Hardwa
             tp <= len(hardware.gpus)
             and not fit(model, argv, memory=memory, dialect=dialect, longest=0).refusal
         ):
-            return f"TP={tp} would fit, and this experiment has {now}: take one with --tp-size {tp}, or a smaller --model"
+            return (
+                f"it would fit on {tp} GPUs (TP={tp}), and this experiment's servers have {now}: "
+                "invoke exp.tp has more, or take a smaller --model"
+            )
     return "take a smaller --model, or a machine with more or larger GPUs"
 
 

@@ -25,7 +25,7 @@ FORWARD_COLUMNS = (
         "policy",
         "chunked",
     ),
-    *("t_s", "form_ms", "run_ms", "process_ms", "gap_ms", "late"),
+    *("t_s", "form_ms", "run_ms", "step_ms", "process_ms", "gap_ms", "late"),
     *("slots_used", "slots_free", "kv_used", "kv_free", "kv_evictable", "kv_protected"),
 )
 # By the probe's level, from which on a load has the numbers.
@@ -54,8 +54,9 @@ def number_columns() -> tuple[str, ...]:
 def forward_table(file: ProbeFile, windows: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
     """One row a forward pass of the loads, in order: `load` and FORWARD_COLUMNS. Times in ms, `t_s` Unix seconds.
 
-    `gap_ms` is from the end of the pass before to the launch of this one, by the scheduler's clock; empty where the
-    scheduler had nothing to do in between, and at a load's first pass. `late` is 1 when the pass's result was processed
+    `run_ms` is the call that runs the batch, on a GPU the launch alone; `step_ms` from this launch to the next, on either.
+    `gap_ms` is from the end of the call before to this one; `step_ms` and `gap_ms` are empty where the scheduler had nothing to
+    do in between, and at a load's end or begin. `late` is 1 when the pass's result was processed
     after the next pass had been launched, which is what the overlap scheduler does.
     """
     events = frame([file], "batch")
@@ -67,6 +68,7 @@ def forward_table(file: ProbeFile, windows: Mapping[str, tuple[float, float]]) -
             "load": load_of(events["t_s"], windows),
             "form_ms": events["form_ns"] / MS,
             "run_ms": events["run_ns"] / MS,
+            "step_ms": (events["run_at_ns"].shift(-1) - events["run_at_ns"]) / MS,
             "process_ms": events["done_ns"] / MS,
             "gap_ms": (events["run_at_ns"] - (events["run_at_ns"] + events["run_ns"]).shift()) / MS,
             "late": (events["done_at_ns"] >= events["run_at_ns"].shift(-1)).astype(float),
@@ -74,6 +76,7 @@ def forward_table(file: ProbeFile, windows: Mapping[str, tuple[float, float]]) -
     )
     worked = (pd.to_numeric(events["idle_turns"]) == 0) & (table["load"] == table["load"].shift())
     table["gap_ms"] = table["gap_ms"].where(worked)
+    table["step_ms"] = table["step_ms"].where(worked.shift(-1, fill_value=False))
     # The last pass before a pause has no next one that its result could be late for.
     table["late"] = table["late"].where(worked.shift(-1, fill_value=False))
     for column in FORWARD_COLUMNS:
@@ -119,6 +122,7 @@ def batch_numbers(passes: pd.DataFrame, *, asked_policy: str, pool_tokens: float
     before = passes["mode"].shift()
     gap, run, form = (float(passes[c].sum()) for c in ("gap_ms", "run_ms", "form_ms"))
     sizes = decode["requests"]
+    left = passes["requests"] < passes["requests"].shift()
     queue = prefill["waiting"] + prefill["requests"]  # what the policy had to order
     in_force = prefill["policy"] == asked_policy
     used = passes["kv_used"].max()
@@ -126,7 +130,9 @@ def batch_numbers(passes: pd.DataFrame, *, asked_policy: str, pool_tokens: float
         "prefill_passes": float(len(prefill)),
         "decode_passes": float(len(decode)),
         "joined_passes": float((prefill["running"] > 0).sum()),
-        "left_passes": float((sizes < sizes.shift()).sum()),
+        "left_passes": float(
+            (left & (passes["mode"] == "decode") & (before == "decode") & passes["worked"]).sum()
+        ),
         "alternations": float((passes["mode"].isin(PREFILL) & (before == "decode") & passes["worked"]).sum()),
         "running_max": float(sizes.max()),
         "running_mean": float(sizes.mean()),
@@ -167,6 +173,9 @@ def tree_numbers(file: ProbeFile, window: tuple[float, float]) -> dict[str, floa
     touched = (nodes["t_ns"] - pd.to_numeric(nodes["age_ns"].astype(object))).reset_index(drop=True)
     neighbours = (passes == np.roll(passes, 1)) & (np.arange(len(touched)) > 0)
     in_order = (touched >= touched.shift() - MS)[neighbours]
+    by_use = bool(
+        (nodes["age_of"] == "path").all()
+    )  # with a GPU the probe knows only when a request ended at a node
     return {
         "stored_tokens": stored,
         "held_tokens": held,
@@ -174,7 +183,7 @@ def tree_numbers(file: ProbeFile, window: tuple[float, float]) -> dict[str, floa
         "tree_tokens_max": float(sizes.max()),
         "tree_tokens_end": float(sizes.iloc[-1]) if len(sizes) else NAN,
         "nodes_evicted": float(len(nodes)),
-        "evicted_old_first": float(in_order.mean()) if len(in_order) else NAN,
+        "evicted_old_first": float(in_order.mean()) if len(in_order) and by_use else NAN,
     }
 
 

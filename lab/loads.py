@@ -74,8 +74,9 @@ def read_load(
         requests = requests.drop(columns="text", errors="ignore")
     if step.hit_rate == 0:  # no cache, or nothing planned to share: nothing is predicted, whatever is alike
         requests["predicted_share"] = requests["lru_share"] = 0.0
-    elif step.one_by_one and pool_tokens < step.working_set_tokens:
-        requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens))
+    elif pool_tokens < step.working_set_tokens:  # with several in flight the order of accesses is not known
+        known = step.one_by_one
+        requests["lru_share"] = _lru_share(requests, pool_tokens=int(pool_tokens)) if known else float("nan")
     deltas = prom.difference(prom.read(files.before), prom.read(files.after))
     numbers = _numbers(step, requests, deltas, pool_tokens=pool_tokens, dialect=dialect, apart=apart)
     numbers |= {"duration_s": duration_s, **_rates(requests, numbers), **order_numbers(requests)}
@@ -114,7 +115,9 @@ def _numbers(
     cached = counted(dialect.cached_total) - apart.cached
     tokens = requests["prompt_tokens"].astype(float)
     predicted = (tokens * requests["predicted_share"].astype(float)).sum() / max(1.0, tokens.sum())
-    lru_rate = (tokens * requests["lru_share"].astype(float)).sum() / max(1.0, tokens.sum())
+    lru_share = requests["lru_share"].astype(float)
+    lru_known = bool(lru_share.notna().all())
+    lru_rate = (tokens * lru_share).sum() / max(1.0, tokens.sum()) if lru_known else float("nan")
     hit_rate = cached / prompt if prompt else 0.0
     again = requests.loc[requests["group_order"] > 0, ["cached_share", "predicted_share", "lru_share"]]
     half = LOST_SHARE * again["predicted_share"].astype(float)
@@ -133,7 +136,7 @@ def _numbers(
         "predicted_hit_rate": float(predicted),
         "hit_rate_lost": float(predicted) - hit_rate,
         "lru_hit_rate": float(lru_rate),
-        "lru_agreement": float(agree.mean()) if len(again) else float("nan"),
+        "lru_agreement": float(agree.mean()) if len(again) and lru_known else float("nan"),
         "groups": float(requests["group"].nunique()),
         "groups_evicted": float(requests.loc[lost(requests), "group"].nunique()),
     }

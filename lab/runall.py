@@ -10,15 +10,17 @@ from typing import Protocol
 
 from lab import places
 from lab.app import find_run
-from lab.conduct import Asked, check_machine, check_resumable, planned, resolved, run_experiment
+from lab.conduct import Asked, check_machine, planned, resolved, run_experiment
 from lab.cost import estimate_s, minutes
 from lab.digest import read_digest
 from lab.errors import LabError
 from lab.experiment import experiment_names, load_experiment
 from lab.plan import Plan, read_plan
 from lab.prepare import Prepared
+from lab.resume import check_resumable
 from lab.rundir import SERIES, Run, fresh_name, index_file, list_runs, read_json, verify
 from lab.series import Part, Series, find_series, write_series
+from lab.weights import require
 
 DEFAULTS = {"model": "nano", "site": "local"}  # as of the single experiments; all else is empty
 
@@ -73,6 +75,8 @@ def run_all(
     if asked.hardware and not dry_run:
         raise LabError("--hardware plans for a machine, it cannot run there", fix="add --dry-run")
     prepared = resolved(asked, runtime="", dry_run=dry_run)
+    if not asked.hardware:
+        require(prepared.model, prepared.weights)
     outlook = look_ahead(names, asked, prepared=prepared, before=before, dry_run=dry_run)
     print(announcement(outlook), flush=True)
     if dry_run:
@@ -246,7 +250,10 @@ def _conclude(series: Series, outlook: Outlook, *, strict: bool) -> int:
     rows += [(name, "not run", "", "", reason) for name, reason in outlook.left_out]
     print("\n" + table(("experiment", "verdicts", "trials used", "minutes", "report"), rows))
     if 2 in codes:
-        print(f"what is missing can be repeated: invoke exp.all --resume {series.name}")
+        print(
+            f"what failed or was not run can be repeated: invoke exp.all --resume {series.name}\n"
+            "an invalid trial needs a new run: invoke exp.<name>"
+        )
     index = index_file(places.RUNS)
     if index.is_file():
         print(f"index: {index.relative_to(places.ROOT)}")
@@ -262,7 +269,7 @@ def _row(part: Part, *, kept: bool, strict: bool) -> tuple[tuple[str, ...], int]
     report = digest.run.report.relative_to(places.ROOT).as_posix()
     row = (part.experiment, digest.counts(), digest.used_of(), took, report)
     refuted = strict and any(answer.outcome == "refuted" for answer in digest.answers.values())
-    bad = part.code == 2 or digest.used != digest.trials
+    bad = digest.used != digest.trials or (part.code == 2 and not kept)
     return row, 2 if bad else 3 if refuted else 0
 
 

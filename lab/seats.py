@@ -175,7 +175,8 @@ def _seat(
             )
         chosen = named[:ranks]
         others = frozenset(gpu.uuid for gpu in hardware.gpus) - set(chosen)
-        found = place(hardware, Request(tp=ranks, exclusive=False), busy=others)
+        request = Request(tp=ranks, exclusive=False, link=variant.link, same_numa=variant.same_numa)
+        found = place(hardware, request, busy=others)
         return _site_first(found, gpus=chosen, site=site, reason=f"GPUs as named; {found.cpu_reason}")
     request = Request(
         tp=ranks if cuda else 0, link=variant.link if cuda else "any", same_numa=cuda and variant.same_numa

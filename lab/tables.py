@@ -3,7 +3,7 @@ forwards, groups, checks. Reads only the run directory; the same raw files alway
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -57,7 +57,9 @@ def tabulate(run: Run) -> dict[str, pd.DataFrame]:
     dialect = dialect_of(plan.sglang)
     for trial in plan.trials:
         rows.add(_trial(run, trial, plan=plan, machine=machine, dialect=dialect))
-    requests = same_answers(_joined(rows.requests, columns=(*KEYS, *COLUMNS)), reference=plan.variants[:1])
+    requests = _joined(rows.requests, columns=(*KEYS, *COLUMNS))
+    usable = [str(row["trial"]) for row in rows.trials if row["validity"] == "valid"]
+    requests = same_answers(requests, reference=plan.variants[:1], usable=usable)
     tables = {
         "trials": pd.DataFrame(rows.trials),
         "loads": pd.DataFrame(rows.loads, columns=list(LOAD_COLUMNS)),
@@ -112,14 +114,16 @@ def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else str(value)
 
 
-def same_answers(requests: pd.DataFrame, *, reference: tuple[str, ...]) -> pd.DataFrame:
+def same_answers(
+    requests: pd.DataFrame, *, reference: tuple[str, ...], usable: Collection[str]
+) -> pd.DataFrame:
     """The requests with `same_answer` in place of `text`: 1 where the answer is that of the same request (repeat, load,
-    order sent) to the reference variant, else 0; empty for the reference itself and where it has no such request."""
+    order sent) to the reference variant in a `usable` trial, else 0; empty for the reference itself and without such."""
     if "text" not in requests.columns:
         return requests
     keys = ["repeat", "load", "order"]
     own = requests["variant"].isin(reference)
-    wanted = requests[own].set_index(keys)["text"]
+    wanted = requests[own & requests["trial"].isin(usable)].set_index(keys)["text"]
     asked = wanted.reindex(pd.MultiIndex.from_frame(requests[keys])).to_numpy()
     same = pd.Series(requests["text"].to_numpy() == asked, index=requests.index).astype(float)
     return requests.drop(columns="text").assign(same_answer=same.where(~own & pd.notna(asked)))

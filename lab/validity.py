@@ -130,11 +130,8 @@ def _counters(load: dict[str, float], requests: pd.DataFrame) -> Check:
 
 def _cold(requests: pd.DataFrame) -> Check:
     """The plan starts every load from a flushed cache: a group's first request must find next to nothing. One that was
-    retracted finds its own prompt when it comes back, and is left out; where the order of service is known, it counts."""
-    whole = requests[~(requests["retractions"] > 0)]
-    known = whole["service_order"].notna().all()
-    served = whole["service_order"] if known else whole["group_order"]
-    first = whole[served == served.groupby(whole["group"]).transform("min")]
+    retracted finds its own prompt when it comes back, and is left out."""
+    first = requests[(requests["group_order"] == 0) & ~(requests["retractions"] > 0)]
     worst = float(first["cached_share"].max()) if len(first) else 0.0
     return Check(
         name="cache was cold",

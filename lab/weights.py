@@ -67,12 +67,35 @@ def locate(model: Model, *, asked: str, cache: Path, hub: Path) -> Weights:
         folder = snapshots(model, hub=hub) / (model.revision or _main(model, hub=hub))
         why = f"in the Hugging Face cache, revision {model.pinned}"
         return Weights(kind="cache", folder=folder, sha256=fingerprint(folder), reason=why)
-    folder = Path(asked).expanduser().absolute()
-    return Weights(kind="local", folder=folder, sha256=fingerprint(folder), reason=f"in {folder}")
+    try:
+        folder = Path(asked).expanduser().absolute()
+        folder.is_dir()
+        return Weights(kind="local", folder=folder, sha256=fingerprint(folder), reason=f"in {folder}")
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no such user, a name too long, a byte that no name has
+        raise _unreadable(asked[:200], error) from error
 
 
 def require(model: Model, weights: Weights) -> None:
     """Raise `LabError` when the weights are neither there nor made by the lab, with how to get them."""
+    try:
+        _require(model, weights)
+    except OSError as error:
+        raise _unreadable(str(weights.folder), error) from error
+
+
+def _unreadable(folder: str, error: Exception) -> LabError:
+    return LabError(
+        f"no weights can be read from {folder}",
+        why=str(error)[:200],
+        fix="name a folder that you may read with --weights, or use --weights dummy",
+    )
+
+
+def _require(model: Model, weights: Weights) -> None:
     if weights.kind == "local":
         check_folder(model, folder=weights.folder)
     if weights.kind != "cache":
@@ -80,7 +103,9 @@ def require(model: Model, weights: Weights) -> None:
     if (weights.folder / "config.json").exists():
         check_folder(model, folder=weights.folder)
         return
+    # Some repositories hold the same weights a second time, in their maker's own format.
     fetch = f"hf download {model.repository}{f' --revision {model.revision}' if model.revision else ''}"
+    fetch += " --exclude 'original/*' 'consolidated*'"
     others = _others(weights.folder)
     if others:
         raise LabError(

@@ -75,6 +75,7 @@ EXPERIMENT = Experiment(
     ),
     try_next=("Something else.",),
     repeats=2,
+    probe="off",
 )
 '''
 

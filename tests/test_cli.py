@@ -280,7 +280,7 @@ def test_resume_with_other_repeats(copy: Copy) -> None:
 def test_resume_with_another_stack(copy: Copy) -> None:
     make_run(copy.root)
     done = copy.invoke("exp.small", "--resume", NAME)
-    assert_refused(done, "it used another runtime, stack or model", "/lab-test/stack")
+    assert_refused(done, "it used another runtime, stack, model or scale", "/lab-test/stack")
 
 
 def test_resume_of_a_run_with_a_changed_raw_file(copy: Copy) -> None:

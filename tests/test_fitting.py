@@ -50,7 +50,7 @@ def test_70b_is_refused_on_one_gpu_with_the_number(copy: Copy) -> None:
     done = dry(copy, "small", "llama-3.1-70b")
     assert_refused(done, "llama-3.1-70b does not fit", "70.55e9 parameters x 2 bytes = 141 GB (131.4 GiB)")
     assert "80.0 GiB - 1 for CUDA" in done.text
-    assert "TP=2 would fit, and this experiment has TP=1" in done.text
+    assert "it would fit on 2 GPUs (TP=2), and this experiment's servers have TP=1" in done.text
 
 
 def test_70b_fits_on_two_and_four_gpus_and_the_others_are_left_out(copy: Copy) -> None:

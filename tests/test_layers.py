@@ -177,6 +177,7 @@ ORDER = (
         "lab.app",
         "lab.catalogue",
         "lab.imaging",
+        "lab.resume",
         "lab.conduct",
         "lab.runall",
         "tasks",

@@ -63,14 +63,13 @@ def test_each_repeat_visits_each_variant_once(repeats: int) -> None:
     assert len({t.name for t in plan.trials}) == len(plan.trials)
     if repeats == 20:
         orders = {tuple(t.variant for t in plan.trials if t.repeat == r) for r in range(repeats)}
-        assert len(orders) == 2, "the order within a repeat is drawn, not fixed"
+        assert len(orders) > 2, "the order within a repeat is drawn, not fixed"
 
 
 def test_variants_of_a_repeat_get_the_same_load(plan: Plan) -> None:
     for repeat in range(plan.repeats):
-        on, off = sorted(
-            (t for t in plan.trials if t.repeat == repeat), key=lambda t: t.variant, reverse=True
-        )
+        trials = {t.variant: t for t in plan.trials if t.repeat == repeat}
+        on, off = trials["cache-on"], trials["cache-off"]
         loads = {step.name: step.argv for step in on.loads}
         assert all(step.argv == loads[step.name] for step in off.loads)
         assert all(step.hit_rate == 0 for step in off.loads), "nothing is predicted without a cache"

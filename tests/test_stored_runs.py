@@ -94,7 +94,31 @@ def test_the_run_of_an_older_release_says_what_it_cannot_know(tmp_path: Path) ->
     assert (requests["joined"] != "no").all()
 
 
-@pytest.mark.parametrize("name", ["radix-good", "crashed", "twin046-busy"])
+def test_what_the_probe_saw_is_rebuilt_to_the_byte(tmp_path: Path) -> None:
+    """One repeat of overlap, with the scheduler's two ways of going on."""
+    run = unpack("overlap-probed", tmp_path)
+    verify(run)
+    analysis, before, after = rebuilt(run)
+    assert after == before
+    assert analysis.unusable == ()
+    checks = pd.read_csv(run.tables / "checks.csv").set_index("name")["detail"]
+    assert checks["the probe's events fit the counters"].str.startswith("equal: ").all()
+    forwards = pd.read_csv(run.tables / "forwards.csv")
+    passes = forwards.groupby(["trial", "load", "mode"]).size()
+    loads = pd.read_csv(run.tables / "loads.csv").set_index(["trial", "load"])
+    for (trial, load), row in loads.iterrows():
+        assert passes[trial, load, "decode"] == row["decode_passes"]
+        computed = forwards[
+            (forwards["trial"] == trial) & (forwards["load"] == load) & (forwards["mode"] == "prefill")
+        ]
+        assert computed["new_tokens"].sum() + computed["cached_tokens"].sum() == row["prompt_tokens"]
+    late = loads.groupby("variant")["late_share"].mean()
+    assert (late["overlap"], late["in-turn"]) == (1, 0)
+    pictures = sorted(p.name for p in run.plots.iterdir())
+    assert pictures == ["batches.png", "measures.png", "steps.png"]
+
+
+@pytest.mark.parametrize("name", ["radix-good", "crashed", "twin046-busy", "overlap-probed"])
 def test_no_path_of_a_machine_is_stored(name: str, tmp_path: Path) -> None:
     run = unpack(name, tmp_path)
     for file in run.path.rglob("*"):

@@ -54,7 +54,7 @@ should dominate; the claim stands here as the plan has it, to be decided by the 
         ),
         Claim(
             name="requests-join",
-            says="Requests join a running batch: prefill passes begin while others are decoding (never, if batches were closed).",
+            says="Requests join a running batch: prefill passes begin while others are decoding.",
             measure=Measure(table="loads", load="arriving", column="joined_passes"),
             variant="default", op=">=", threshold=5,
         ),

@@ -90,7 +90,7 @@ carelessly (conservativeness 0.01).""",
               measure=Measure(table="forwards", load="surge", column="new_tokens", rows="prefill", reduce="sum"),
               variant="tight", against="roomy", op=">", threshold=1),
         Claim(name="queue-under-pressure",
-              says="Without pressure a request waits for the pass that runs, under pressure for somebody's end: 95 of 100 wait far less.",
+              says="Without pressure a request waits for the pass that runs, under pressure for somebody's end: p95 is over three times as long.",
               measure=requests("surge", "wait_ms", "p95"), variant="tight", against="roomy", op=">", threshold=3),
     ),
     published=(

@@ -71,7 +71,7 @@ or evictable.""",
                   measure=burst("kv_used_share_max"), variant=f"pool-{n}", op=">", threshold=0.9)
             for n in POOLS[:2]
         ),
-        Claim(name="waits", says="Below the knee there is a queue, although the table has free rows.",
+        Claim(name="waits", says="Below the knee there is a queue.",
               measure=burst("waiting_max"), variant="pool-1120", op=">=", threshold=1),
         Claim(name="retracts", says="Requests that come one by one are let in one by one: too many, and some are put back.",
               measure=Measure(table="loads", load="stream", column="retracted_requests"), variant="pool-1120", op=">=", threshold=1),

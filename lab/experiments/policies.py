@@ -34,7 +34,7 @@ nothing keeps a request with an unpopular prefix from being overtaken again and 
 
 The server runs one request at a time in a pool of 3,072 KV slots: about two and a half of the eight prefixes of 1,024 tokens. 40 requests,
 five to a prefix, shuffled, all arrive at once. `crowd` sends 160 small requests at once, so that the queue is longer than 128 at first and
-shorter later. With a pool that holds every prefix, or a queue that is empty, all policies are the same.""",
+shorter later. With a pool that holds every prefix, or a queue that is empty, all policies find equally much.""",
     sources=(
         "`sglang/srt/managers/schedule_policy.py`: `SchedulePolicy.calc_priority`, `_determine_active_policy` (the 128), `_compute_prefix_matches` (the in-batch check)",
         "`sglang/srt/managers/schedule_policy.py`: `_sort_by_longest_prefix`, `_sort_by_dfs_weight` (0.5.21: `dfs_weight_order` in the tree)",
@@ -63,7 +63,7 @@ shorter later. With a pool that holds every prefix, or a queue that is empty, al
               measure=mixed("hit_rate"), variant="lpm", against="fcfs", by="difference", op=">", threshold=0.15),
         Claim(name="dfs-hits-more", says="So does dfs-weight.",
               measure=mixed("hit_rate"), variant="dfs-weight", against="fcfs", by="difference", op=">", threshold=0.15),
-        Claim(name="random-hits-no-more", says="Disorder alone brings nothing: random finds no more than lpm does.",
+        Claim(name="random-hits-no-more", says="Disorder is not enough: random finds far less than lpm.",
               measure=mixed("hit_rate"), variant="random", against="lpm", by="difference", op="<", threshold=-0.15),
         Claim(name="lpm-mean-ttft", says="Less to compute, less to wait: lpm's mean time to first token is below that of fcfs.",
               measure=MEAN_TTFT, variant="lpm", against="fcfs", op="<", threshold=0.9),
@@ -84,7 +84,7 @@ shorter later. With a pool that holds every prefix, or a queue that is empty, al
     ),
     repeats=3, probe="requests", pictures=("service", "cached-share", "ttft"),
     try_next=(
-        "Set `POOL_TOKENS` to 8192 in `lab/experiments/policies.py`: every prefix fits, and the policies become one.",
+        "Set `POOL_TOKENS` to 8192 in `lab/experiments/policies.py`: every prefix fits, and all policies find the same.",
         "Set `--max-running-requests 4`: requests of one prefix then start together, and the in-batch check has something to do.",
         "Add `--disable-radix-cache` to lpm: without a tree SGLang quietly serves fcfs.",
     ),

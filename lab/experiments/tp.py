@@ -77,7 +77,7 @@ Without a GPU, two processes exchange the sums over gloo: all of the mechanism, 
         ),
         Claim(
             name="four-add-less",
-            says="From two to four is a smaller step: less than 1.5 times, as half of the ways are PCIe.",
+            says="From two to four is a smaller step: less than 1.5 times.",
             measure=THROUGHPUT, variant="tp4", against="tp2", op="<", threshold=1.5, needs=("gpu", "nvlink"),
         ),
         Claim(

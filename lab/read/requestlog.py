@@ -127,16 +127,29 @@ def _finish(merged: pd.DataFrame) -> pd.DataFrame:
     )
     merged["received_s"] = merged["received"] - merged["received"].min()
     merged["order"] = np.arange(len(merged))
-    merged["lru_share"] = merged["predicted_share"]
     gaps = (merged["completion_tokens"].astype(float) - 1).clip(lower=0)
     merged["tpot_ms"] = (merged["e2e_ms"] - merged["ttft_ms"]) / gaps.where(gaps > 0)
     if "scheduled_s" in merged.columns:
         merged["service_order"] = merged["scheduled_s"].rank(method="first") - 1
         merged["retractions"] = merged["retractions"].fillna(merged["probe_retractions"])
+        _by_service(merged)
     else:
         merged["wait_ms"] = merged["service_order"] = np.nan
+    merged["lru_share"] = merged["predicted_share"]
     texts = merged[["answer"]].rename(columns={"answer": "text"}) if "answer" in merged.columns else None
     return pd.concat([merged[list(COLUMNS)], texts], axis=1) if texts is not None else merged[list(COLUMNS)]
+
+
+def _by_service(merged: pd.DataFrame) -> None:
+    """Where the order of service is known, it decides which request of a group is the first, the one that can find
+    nothing, and not the order of arrival."""
+    if merged["service_order"].isna().any() or merged.empty:
+        return
+    place = merged.groupby("group")["service_order"].rank(method="first") - 1
+    share = merged["predicted_share"].where(merged["predicted_share"] > 0)
+    usual = share.groupby(merged["group"]).transform("median")
+    merged["predicted_share"] = share.fillna(usual).fillna(0.0).where(place > 0, 0.0)
+    merged["group_order"] = place.astype(int)
 
 
 def _same_tokens(client: pd.DataFrame, server: pd.DataFrame) -> bool:

@@ -93,8 +93,8 @@ def service(requests: pd.DataFrame) -> Figure | None:
 
 
 def steps(forwards: pd.DataFrame) -> Figure | None:
-    """Time of a decode pass against the size of its batch, one colour a variant, one panel a load."""
-    decode = forwards[forwards["mode"] == "decode"]
+    """Time from a decode pass's launch to the next launch, against its batch; one colour a variant, one panel a load."""
+    decode = forwards[(forwards["mode"] == "decode") & forwards["step_ms"].notna()]
     loads = list(dict.fromkeys(decode["load"]))[:MOST_PANELS]
     if not loads:
         return None
@@ -111,14 +111,14 @@ def steps(forwards: pd.DataFrame) -> Figure | None:
             aside = (i - (len(variants) - 1) / 2) * 0.012 * most
             x = shown["requests"] + aside
             colour = COLOURS[i % len(COLOURS)]
-            axis.scatter(x, shown["run_ms"], s=6, color=colour, alpha=0.25, linewidths=0)
-            medians = own.groupby("requests")["run_ms"].median()
+            axis.scatter(x, shown["step_ms"], s=6, color=colour, alpha=0.25, linewidths=0)
+            medians = own.groupby("requests")["step_ms"].median()
             axis.plot(
                 medians.index + aside, medians, "o-", color=colour, markersize=3.5, linewidth=1, label=variant
             )
         axis.set_xlim(0, most * 1.08)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylim(0, float(part["run_ms"].quantile(0.99)) * 1.2)
+        axis.set_ylim(0, float(part["step_ms"].quantile(0.99)) * 1.2)
         axis.set_title(load)
         axis.set_xlabel("requests in the batch")
     axes[0][0].set_ylabel("decode pass (ms)")

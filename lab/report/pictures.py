@@ -68,8 +68,8 @@ DRAWINGS: Mapping[Picture, Drawing] = {
     ),
     "steps": Drawing(
         draw=lambda tables: passplots.steps(tables["forwards"]),
-        caption="How long a decode pass took, by the size of its batch. Small points are passes, large ones the medians "
-        "of each size.",
+        caption="How long a decode step took, from the launch of a pass to the next launch, by the size of its batch. "
+        "Small points are passes, large ones the medians of each size.",
     ),
 }
 

@@ -27,7 +27,14 @@ from lab.tables import tabulate
 
 # What only a profiler on a GPU tells; the lab runs none yet.
 PROFILED = dict.fromkeys(
-    ("attention_share", "kernel_names_shared", "launch_us_median", "comm_share", "sm_share"),
+    (
+        "attention_share",
+        "kernel_names_shared",
+        "launch_us_median",
+        "comm_share",
+        "sm_share",
+        "gpu_idle_share",
+    ),
     "the lab runs no GPU profiler yet",
 )
 
@@ -100,9 +107,7 @@ def _markdown(
         pictures=[(f"{name}.png", DRAWINGS[name].caption) for name in pictures],
         environment=environment,
         metrics=_explained(experiment),
-        scaled=[(step.name, step.scaled) for step in plan.trials[0].loads if step.scaled]
-        if plan.trials
-        else [],
+        scaled=sorted({(x.name, x.scaled) for trial in plan.trials for x in trial.loads if x.scaled}),
         loads=_steps(plan),
         gpus=gpus,
         passed=_passed(checks),
