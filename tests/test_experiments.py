@@ -25,7 +25,7 @@ def copy(checkout: Checkout, name: str, *, of: str) -> None:
     """What the README tells a user to do."""
     folder = checkout.path / "lab" / "experiments"
     text = (folder / f"{of}.py").read_text(encoding="utf-8")
-    (folder / f"{name}.py").write_text(text.replace(f'name="{of}"', f'name="{name}"'), encoding="utf-8")
+    (folder / f"{name}.py").write_text(text.replace(f'name="{of}"', f'name="{name}"', 1), encoding="utf-8")
 
 
 def measured(checkout: Checkout, name: str, *words: str) -> tuple[Run, dict[str, pd.DataFrame]]:
