@@ -52,6 +52,8 @@ def _said(found: Fit) -> str:
 
 
 def _fix(experiment: Experiment, *, model: Model, stack: Stack, hardware: Hardware) -> str:
+    if model.source == "built":
+        return "raise --max-total-tokens in the experiment's file, or shorten its loads"
     if stack.device != "cuda":
         return f"{model.name} needs a GPU, or a machine with more memory; --model nano is made for this one"
     common = (*stack.server_args, *experiment.server)

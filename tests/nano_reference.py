@@ -46,6 +46,12 @@ def there_and_back(question: dict) -> list[dict]:
     return [{"ids": one, "text": tokenizer.decode(one)} for one in ids]
 
 
+def as_text_again(question: dict) -> list[dict]:
+    """Each of the id lists `ids` decoded and encoded again: other ids may spell the same text."""
+    tokenizer = load_tokenizer(question)
+    return [{"ids": tokenizer.encode(tokenizer.decode(ids))} for ids in question["ids"]]
+
+
 def back_and_there(question: dict) -> list[int]:
     """How many tokens each of the id lists `ids` has after decoding and encoding, as a load generator does
     it."""
@@ -73,7 +79,7 @@ def load_tokenizer(question: dict):
 
 
 QUESTIONS: dict[str, Callable[[dict], object]] = {
-    function.__name__: function for function in (greedy, there_and_back, back_and_there, chat)
+    function.__name__: function for function in (greedy, there_and_back, as_text_again, back_and_there, chat)
 }
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
@@ -394,7 +396,12 @@ def test_the_sums_are_those_of_the_log_and_the_counters(run: Run) -> None:
     files = run.trial("000-plain-r0")
     retracted = files.server_log.read_text().count("Decode out of memory happened. #retracted_reqs: 1,")
     assert loads.loc["retract", "retracted_requests"] == retracted >= 1
-    assert loads["evicted_tokens"].isna().all()
+    assert loads["evicted_tokens"].gt(0).to_dict() == {
+        "chat": False,
+        "retract": True,
+        "rate": False,
+        "shared": False,
+    }
     assert loads.loc["retract", "generated_tokens"] == 12 * 120
     metrics = table(run, "metrics")
     counted = metrics[metrics["name"] == "sglang:num_requests_total"].set_index("load")["delta"]
@@ -403,11 +410,13 @@ def test_the_sums_are_those_of_the_log_and_the_counters(run: Run) -> None:
 
 def test_what_is_missing_is_said(run: Run) -> None:
     verdicts = {v["claim"]: v for v in read_json(run.verdicts)["verdicts"]}  # type: ignore[attr-defined]
-    assert verdicts["evicts"]["reason"] == "no evicted_tokens: it counts no evictions"
+    assert verdicts["evicts"]["outcome"] == "inconclusive", (
+        "one repeat; the server counts no evictions, the probe does"
+    )
     assert verdicts["lfu"]["reason"] == "no lfu: SGLang 0.4.6.post5 has no --radix-eviction-policy"
-    assert {verdicts[name]["outcome"] for name in ("evicts", "lfu")} == {"untested"}
+    assert verdicts["lfu"]["outcome"] == "untested"
     report = run.report.read_text()
-    assert "- variant `lfu` was left out: SGLang 0.4.6.post5 has no --radix-eviction-policy" in report
+    assert "- variant `lfu`: SGLang 0.4.6.post5 has no --radix-eviction-policy" in report
     assert "- `queue_ms` is empty: " in report
 
 
@@ -427,7 +436,8 @@ def test_the_answers_are_what_transformers_says(run: Run, stack_python: Path) ->
         assert [len(one) for one in ids] == list(rows["server_prompt"])
         said = [one["ids"] for one in reference(stack_python, "there_and_back", texts=list(rows["answer"]))]
         expected = [one["ids"] for one in reference(stack_python, "greedy", prompts=ids, steps=steps)]
-        assert said == expected
+        spelt = [one["ids"] for one in reference(stack_python, "as_text_again", ids=expected)]
+        assert said == spelt, "the server gives text, and other tokens may spell the same"
         assert len({tuple(one) for one in said}) > len(said) / 2, "equal answers would prove little"
 
 
@@ -437,10 +447,10 @@ def prompts_by_rid(log: Path) -> dict[str, str]:
     for line in log.read_text().splitlines():
         _, receive, said = line.partition("] Receive: obj=")
         if receive:
-            call = ast.parse(said.replace("<", "'<").replace(">", ">'"), mode="eval").body
-            assert isinstance(call, ast.Call)
-            given = {k.arg: k.value for k in call.keywords}
-            found[ast.literal_eval(given["rid"])] = ast.literal_eval(given["text"])
+            words = tokenize.generate_tokens(io.StringIO(said.partition("text=")[2]).readline)
+            text = next(words).string  # a prompt may hold anything, the line's own < and > among it
+            rid = said.rpartition(" rid='")[2].partition("'")[0]
+            found[rid] = ast.literal_eval(text)
     return found
 
 
