@@ -122,11 +122,11 @@ def read_digest(run: Run) -> Digest:
     try:
         plan = _read_plan(run)
     except LabError as error:
-        return Digest(run=run, state="unreadable", problem=_words(error))
+        return Digest(run=run, state="unreadable", problem=error.brief)
     try:
         answers, problem = _answers(run, plan), ""
     except LabError as error:
-        answers, problem = {}, _words(error)
+        answers, problem = {}, error.brief
     state: State = "unreadable" if problem else "reported"
     if not run.sums.is_file():
         state = "cut short"
@@ -229,7 +229,3 @@ def _gpus(run: Run, used: set[str]) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         names = []
     return f"{len(used)} GPU{'s' * (len(used) != 1)} {' and '.join(names)}".rstrip()
-
-
-def _words(error: LabError) -> str:
-    return f"{error.problem} ({error.why})" if error.why else error.problem

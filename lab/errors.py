@@ -27,6 +27,11 @@ class LabError(Exception):
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
+    @property
+    def brief(self) -> str:
+        """What and why in one line, where what to type would be out of place."""
+        return f"{self.problem} ({self.why})" if self.why else self.problem
+
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> LabError:
     """The error for a name that does not exist: it lists the right ones and the closest."""

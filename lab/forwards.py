@@ -76,9 +76,9 @@ def forward_table(file: ProbeFile, windows: Mapping[str, tuple[float, float]]) -
     )
     worked = (pd.to_numeric(events["idle_turns"]) == 0) & (table["load"] == table["load"].shift())
     table["gap_ms"] = table["gap_ms"].where(worked)
-    table["step_ms"] = table["step_ms"].where(worked.shift(-1, fill_value=False))
-    # The last pass before a pause has no next one that its result could be late for.
-    table["late"] = table["late"].where(worked.shift(-1, fill_value=False))
+    # The last pass before a pause has no next one, to be measured to or to be late for.
+    goes_on = worked.shift(-1, fill_value=False)
+    table["step_ms"], table["late"] = table["step_ms"].where(goes_on), table["late"].where(goes_on)
     for column in FORWARD_COLUMNS:
         if column not in table:
             words = column in ("mode", "policy")
@@ -173,9 +173,8 @@ def tree_numbers(file: ProbeFile, window: tuple[float, float]) -> dict[str, floa
     touched = (nodes["t_ns"] - pd.to_numeric(nodes["age_ns"].astype(object))).reset_index(drop=True)
     neighbours = (passes == np.roll(passes, 1)) & (np.arange(len(touched)) > 0)
     in_order = (touched >= touched.shift() - MS)[neighbours]
-    by_use = bool(
-        (nodes["age_of"] == "path").all()
-    )  # with a GPU the probe knows only when a request ended at a node
+    # With a GPU the probe knows only when a request ended at a node, which is not what the server goes by.
+    by_use = bool((nodes["age_of"] == "path").all())
     return {
         "stored_tokens": stored,
         "held_tokens": held,

@@ -129,8 +129,6 @@ def _trials(
             )
             env = (*COMMON_ENV, *stack.env)
             seat = seats[variant.name] if seats is not None else _unseated(site)
-            cache_on = "--disable-radix-cache" not in argv
-            eviction = dict(pairwise(argv)).get("--radix-eviction-policy", "lru")
             trials.append(
                 Trial(
                     index=len(trials),
@@ -140,12 +138,8 @@ def _trials(
                     server=Process(
                         argv=argv,
                         env=(
-                            *(
-                                *env,
-                                *dialect.server_env,
-                                *gpu_env(seat.cuda_numbers),
-                                *rank_env(seat.rank_cpus),
-                            ),
+                            *(*env, *dialect.server_env),
+                            *(*gpu_env(seat.cuda_numbers), *rank_env(seat.rank_cpus)),
                             *probe_env(experiment.probe, path=dialect.probe_path),
                         ),
                         cpus=seat.server_cpus,
@@ -161,10 +155,7 @@ def _trials(
                     placed=seat.reason,
                     sampler_cpus=seat.sampler_cpus,
                     loads=tuple(
-                        replace(
-                            _step(load, repeat=repeat, cache_on=cache_on, dialect=dialect, scale=scale),
-                            eviction=eviction,
-                        )
+                        _step(load, argv=argv, repeat=repeat, dialect=dialect, scale=scale)
                         for load in experiment.loads_of(variant.name)
                     ),
                 )
@@ -176,7 +167,8 @@ def _unseated(site: Site) -> Seat:
     return Seat(server_cpus=site.server_cpus, client_cpus=site.client_cpus)
 
 
-def _step(load: Workload, *, repeat: int, cache_on: bool, dialect: Dialect, scale: Scale) -> LoadStep:
+def _step(load: Workload, *, argv: tuple[str, ...], repeat: int, dialect: Dialect, scale: Scale) -> LoadStep:
+    """The load against a server of these arguments."""
     scaled = load.said_scaled() if scale == "small" else ""
     if scaled:
         load = load.scaled()
@@ -188,8 +180,9 @@ def _step(load: Workload, *, repeat: int, cache_on: bool, dialect: Dialect, scal
         requests=load.requests(),
         concurrency=load.concurrency,
         rate_per_s=load.rate_per_s,
-        hit_rate=load.hit_rate(cache_on=cache_on),
+        hit_rate=load.hit_rate(cache_on="--disable-radix-cache" not in argv),
         working_set_tokens=load.working_set_tokens(),
         output_tokens=load.output_tokens,
         scaled=scaled,
+        eviction=dict(pairwise(argv)).get("--radix-eviction-policy", "lru"),
     )

@@ -122,7 +122,7 @@ def look_ahead(
         try:
             found = _look(name, asked, prepared=prepared, part=part, dry_run=dry_run)
         except LabError as error:
-            left_out.append((name, f"{error.problem} ({error.why})" if error.why else error.problem))
+            left_out.append((name, error.brief))
             continue
         if found is None:
             kept.append(name)

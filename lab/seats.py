@@ -133,7 +133,7 @@ def unseated(
             )
         except LabError as error:
             errors.append(error)
-            reasons[variant.name] = f"{error.problem} ({error.why})" if error.why else error.problem
+            reasons[variant.name] = error.brief
     if errors and len(errors) == len(experiment.variants):
         raise errors[0]
     return reasons

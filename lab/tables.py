@@ -13,7 +13,7 @@ from pyarrow import csv
 
 from lab.dialect import Dialect, dialect_of
 from lab.errors import LabError
-from lab.forwards import FORWARD_COLUMNS
+from lab.forwards import FORWARD_COLUMNS, load_of
 from lab.gpurows import COLUMNS as GPU_COLUMNS
 from lab.gpurows import machine_of, read_gpus
 from lab.hardware.model import Hardware
@@ -281,10 +281,10 @@ def _batches(
     """The server's batch lines, each with the load in whose time it was printed."""
     frame = pd.DataFrame(log.batches, columns=list(serverlog.BATCH_COLUMNS))
     times = _seconds(frame["time"])
-    load = np.full(len(frame), "", dtype=object)
-    for name, (start, end) in windows.items():
-        load[(times >= start) & (times <= end + 0.001)] = name
-    frame.insert(0, "load", load)
+    # Printed to the millisecond.
+    frame.insert(
+        0, "load", load_of(times, {name: (start, end + 0.001) for name, (start, end) in windows.items()})
+    )
     frame.insert(0, "trial", trial.name)
     return frame
 

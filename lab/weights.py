@@ -71,11 +71,8 @@ def locate(model: Model, *, asked: str, cache: Path, hub: Path) -> Weights:
         folder = Path(asked).expanduser().absolute()
         folder.is_dir()
         return Weights(kind="local", folder=folder, sha256=fingerprint(folder), reason=f"in {folder}")
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # no such user, a name too long, a byte that no name has
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name too long or in a closed folder, no such user, a byte that no name has.
         raise _unreadable(asked[:200], error) from error
 
 
